@@ -1,0 +1,44 @@
+# `make lab` and `make test` are all a reader needs; both first make the environment in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+NOTEBOOKS ?= $(sort $(wildcard notebooks/[0-9]*.ipynb))
+
+.PHONY: lab test test-code test-notebooks lint format notebooks clean
+
+lab: $(INSTALLED)  ## open the chapters in JupyterLab
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+test: test-code test-notebooks  ## every test, then every notebook
+
+test-code: $(INSTALLED)
+	$(BIN)/python -m pytest tests -n 2 -q
+
+test-notebooks: $(INSTALLED)
+	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout 300 -q $(NOTEBOOKS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Executes in place; the same inputs give the same bytes, so a second run changes nothing but timings.
+notebooks: $(INSTALLED)  ## NOTEBOOKS=notebooks/02_discretization.ipynb for one of them
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
+	    --ExecutePreprocessor.timeout=300 --log-level=WARN $(NOTEBOOKS)
+	$(BIN)/python notebooks/clean.py $(NOTEBOOKS)
+
+# The font cache is built here, or matplotlib would announce it inside somebody's first notebook.
+$(INSTALLED): requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -c "import matplotlib.pyplot"
+	touch $@
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis *.egg-info notebooks/.ipynb_checkpoints
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

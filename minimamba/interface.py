@@ -1,0 +1,178 @@
+"""The public functions: the selective scan by every method, and drop-ins for the official package's."""
+
+import torch
+
+from minimamba import _operators, parallel_scan, sequential_scan
+from minimamba._validation import check_option, check_scan_arguments, check_update_arguments, document_borders
+from minimamba.triton_scan import triton_is_installed
+
+METHODS = ("auto", "sequential", "hillis_steele", "blelloch", "chunked", "cpu", "triton")
+
+
+def selective_scan(
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D=None,
+    *,
+    z=None,
+    delta_bias=None,
+    delta_softplus=False,
+    initial_state=None,
+    return_final_state=False,
+    cu_seqlens=None,
+    method="auto",
+):
+    """Run h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t, y_t = (C_t h_t + D u_t) silu(z_t).
+
+    Parameters
+    ----------
+    u : (B, L, D) input; float16, bfloat16, float32 or float64.
+    delta : (B, L, D) step size Δ, or what becomes it: delta + delta_bias, through softplus if `delta_softplus`.
+    A : (D, N) state matrix, real and negative.
+    B, C : (B, L, N), or (B, L, G, N) in G groups of D / G neighbouring channels, or constant (D, N).
+    D : (D,) skip connection, optional.
+    z : (B, L, D) gate, optional.
+    delta_bias : (D,) optional.
+    initial_state : (B, D, N) state before the first step, zero if None.
+    cu_seqlens : (documents + 1,) int32 or int64, borders of the documents packed in one row: 0, ..., L.
+        The batch B is then 1, each document starts afresh, and the states are (documents, D, N).
+    method : "sequential", "hillis_steele", "blelloch", "chunked" (the chapters' algorithms, in PyTorch),
+        "cpu" (the fastest in PyTorch), "triton" (the fused kernel) or "auto" ("triton" on a GPU, else "cpu").
+
+    delta, B, C and z have u's dtype or float32; A, D, delta_bias and the states are float32. In float64 all
+    are. Under autocast u, B, C and z are cast to its dtype. The state and the exponentials are never half.
+
+    Returns
+    -------
+    y (B, L, D) in u's dtype; with `return_final_state`, (y, final_state), the latter (B, D, N) float32 or
+    float64. Differentiable in every tensor argument, initial_state and final_state included.
+
+    Raises
+    ------
+    TypeError, ValueError : the message begins with the name of the argument at fault.
+
+    Source: Mamba (Gu and Dao, 2023), Algorithm 2 and equation 2a; packed rows as in flash-attention.
+    """
+    u, delta, A, B, C, D, z, delta_bias, initial_state = _under_autocast(
+        u, delta, A, B, C, D, z, delta_bias, initial_state
+    )
+    check_scan_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    check_option("method", method, METHODS)
+    if method == "auto":
+        method = "triton" if u.is_cuda and triton_is_installed() else "cpu"
+    if method in _operators.BACKENDS:
+        scan = _operators.selective_scan
+    else:
+        scan = _scan_by_autograd
+    y, final_state = scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, method)
+    return (y, final_state) if return_final_state else y
+
+
+def selective_scan_fn(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
+):
+    """The official package's `selective_scan_fn`: channels before time.
+
+    u, delta, z (B, D, L); A (D, N); B, C (D, N), (B, N, L) or (B, G, N, L); D, delta_bias (D,).
+    Returns out (B, D, L), with `return_last_state` also the last state (B, D, N). Dtypes and errors as in
+    `selective_scan`. Source: state-spaces/mamba, `mamba_ssm.ops.selective_scan_interface`.
+    """
+    check_scan_arguments(u, delta, A, B, C, D, z, delta_bias, time_last=True)
+    y, state = selective_scan(
+        u.transpose(1, 2),
+        delta.transpose(1, 2),
+        A,
+        _time_second(B),
+        _time_second(C),
+        D,
+        z=None if z is None else z.transpose(1, 2),
+        delta_bias=delta_bias,
+        delta_softplus=delta_softplus,
+        return_final_state=True,
+    )
+    out = y.transpose(1, 2)
+    return (out, state) if return_last_state else out
+
+
+def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False):
+    """One decoding step: h <- exp(Δ A) h + Δ B x in place, y = (C h + D x) silu(z).
+
+    state (B, D, N), float32 or float64, overwritten; x, dt, z (B, D); A (D, N); B, C (B, N) or (B, G, N);
+    D, dt_bias (D,). With heads: state (B, H, P, N); x, dt, z (B, H, P); A (H, P, N); D, dt_bias (H, P).
+    Returns y in x's dtype and shape. Has no gradient. Errors as in `selective_scan`.
+    Source: state-spaces/mamba, `mamba_ssm.ops.triton.selective_state_update`.
+    """
+    check_update_arguments(state, x, dt, A, B, C, D, z, dt_bias)
+    return _operators.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+
+
+def _scan_by_autograd(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, method):
+    """The chapters' scans: one core each, with the parts around it in PyTorch, differentiated by autograd."""
+    wide = A.dtype  # float32, or float64 in float64
+    delta = delta.to(wide) if delta_bias is None else delta.to(wide) + delta_bias
+    if delta_softplus:
+        delta = torch.nn.functional.softplus(delta)
+    borders = [0, u.shape[1]] if cu_seqlens is None else document_borders(cu_seqlens, u.shape[1])
+    if initial_state is None:
+        initial_state = A.new_zeros(u.shape[0] * (len(borders) - 1), *A.shape)
+
+    outputs, final_states = [], []
+    sequences = zip(borders[:-1], borders[1:], initial_state.split(u.shape[0]), strict=True)
+    for start, stop, state in sequences:
+        if start < stop:
+            part = slice(start, stop)
+            y, state = _core(
+                method,
+                u[:, part].to(wide),
+                delta[:, part],
+                A,
+                _grouped(B, u.shape)[:, part].to(wide),
+                _grouped(C, u.shape)[:, part].to(wide),
+                state,
+            )
+            outputs.append(y)
+        final_states.append(state)
+    y = torch.cat(outputs, dim=1)
+    if D is not None:
+        y = y + D * u
+    if z is not None:
+        y = y * torch.nn.functional.silu(z.to(wide))
+    return y.to(u.dtype), torch.cat(final_states)
+
+
+def _core(method, *arguments):
+    if method == "sequential":
+        return sequential_scan.selective_scan_sequential(*arguments)
+    return parallel_scan.selective_scan_parallel(*arguments, algorithm=method)
+
+
+def _grouped(B, shape):
+    """Bring B or C to (Batch, L, G, N); a constant one is a view with one group per channel."""
+    if B.ndim == 2:
+        return B.expand(shape[0], shape[1], *B.shape)
+    return B if B.ndim == 4 else B[:, :, None]
+
+
+def _time_second(B):
+    """(B, N, L) -> (B, L, N), (B, G, N, L) -> (B, L, G, N); a constant (D, N) stays."""
+    return B if B.ndim == 2 else B.movedim(-1, 1)
+
+
+def _under_autocast(u, delta, A, B, C, D, z, delta_bias, initial_state):
+    """Cast as autocast does for a matrix product, but keep what the state is made of in float32."""
+    arguments = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    device = u.device.type if isinstance(u, torch.Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return arguments
+    low = torch.get_autocast_dtype(device)
+
+    def cast(x, dtype):
+        castable = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        return x.to(dtype) if castable else x
+
+    # delta stays as it came: it may be float32 by choice, and float32 costs the scan nothing.
+    dtypes = (low, None, torch.float32, low, low, torch.float32, low, torch.float32, torch.float32)
+    return tuple(x if dtype is None else cast(x, dtype) for x, dtype in zip(arguments, dtypes, strict=True))
