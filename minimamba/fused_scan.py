@@ -118,6 +118,75 @@ def backward(
     return du, ddelta, dA.sum(0), dB, dC, dD, dz, ddelta_bias, dinitial_state
 
 
+def bytes_moved(
+    batch, length, channels, states, *, backward=False, element_size=4, groups=1, every_access=True, save=True
+):
+    """Count the bytes that one launch of the kernel moves, by tensor, without running it. -> {name: bytes}
+
+    For varying B and C, with D, z and delta_bias, no initial state and no gradient of the final state. u, delta,
+    B, C, z and their like take `element_size` bytes a number (2, 4 or 8), the rest 4 (8 beside 8).
+    `every_access=True` counts every load and store the programs issue, as if there were no cache; False counts
+    each number once, as if a cache kept all that is read again. A device lies between the two.
+    `save=False` leaves out the forward pass's checkpoints.
+    """
+    u, A, B = (
+        torch.empty(shape, device="meta")
+        for shape in ((batch, length, channels), (channels, states), (batch, length, groups, states))
+    )
+    sizes = _Sizes(u, A, B, B, None)
+    tiles = -(-length // sizes.tile.steps)
+    blocks = -(-sizes.group_size // sizes.tile.channels)
+    wide = max(element_size, 4)
+    step = batch * length * channels * element_size  # one tensor like u
+    row = batch * length * groups * states  # numbers of B
+    state = batch * channels * states * wide  # one state of every channel
+    channel = channels * wide * (batch if every_access else 1)  # D, read by every sequence
+
+    moved = {"u": step, "delta": step, "z": step, "A": states * channel, "D": channel, "delta_bias": channel}
+    moved["B"] = moved["C"] = row * element_size * (blocks if every_access else 1)
+    if not backward:
+        moved |= {"y": step, "final_state": state}
+        return moved | ({"checkpoints": tiles * state} if save else {})
+
+    if every_access:  # Δ_{t+1} is loaded too, except behind the last step of a tile
+        moved["delta"] += batch * (length - tiles) * channels * element_size
+    moved |= {"checkpoints": tiles * state} | dict.fromkeys(("grad_y", "du", "ddelta", "dz"), step)
+    moved |= {"dA": state, "dinitial_state": state, "dD": state // states, "ddelta_bias": state // states}
+    programs = _programs_per_group(sizes, blocks, states)
+    # A program's first block of channels writes its sums, each further one reads and writes them.
+    accesses = 2 * blocks - programs if every_access else programs
+    moved["dB"] = moved["dC"] = row * wide * accesses
+    return moved
+
+
+def bytes_moved_materialised(batch, length, channels, states, *, backward=False, element_size=4, groups=1):
+    """Count the same scan done by five kernels that hand (Batch, L, D, N) tensors to each other through memory.
+
+    The best that such kernels can do: each reads its inputs once and writes its outputs once, and the backward
+    pass finds Ā and h stored. Returns {kernel: (bytes read, bytes written)}, in the order of execution.
+    """
+    wide = max(element_size, 4)
+    full = batch * length * channels * states * wide  # Ā, B̄u, h, and their gradients
+    step = batch * length * channels * element_size
+    row = batch * length * groups * states * element_size
+    A, channel = channels * states * wide, channels * wide
+    if not backward:
+        return {
+            "Ā = exp(ΔA)": (step + A, full),
+            "B̄u = ΔuB": (2 * step + row, full),
+            "h = scan(Ā, B̄u)": (2 * full, full),
+            "y = Ch": (full + row, step),
+            "y = (y + Du) silu(z)": (3 * step + channel, step),
+        }
+    return {
+        "gate, skip": (4 * step + channel, 3 * step + channel),  # dy, y, u, z -> dy, du, dz, dD
+        "y = Ch": (step + full + row, full + row),  # dy, h, C -> dh, dC
+        "scan": (3 * full, 2 * full),  # dh, Ā, h -> g, dĀ
+        "B̄u = ΔuB": (full + 3 * step + row, 2 * step + row),  # g, Δ, u, du, B -> du, dΔ, dB
+        "Ā = exp(ΔA)": (2 * full + 2 * step + A, step + A),  # dĀ, Ā, Δ, dΔ, A -> dΔ, dA
+    }
+
+
 class _Sizes:
     """Counts that both launches share: sequences, groups of channels that share B and C, and the tile."""
 

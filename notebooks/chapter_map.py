@@ -54,7 +54,13 @@ def partial_scans(ax):
                     ax.plot([i - 2**level, i], [-level, -level - 1], color=COLORS["u"], linewidth=1.5)
         reach = 2**level
         values = np.concatenate([values[:reach], values[reach:] + values[:-reach]])
-    ax.set(title="III  For parallel hardware: eight steps in three levels", xlabel="step", ylabel="level", xlim=(-0.6, 7.6), ylim=(-3.5, 0.5))
+    ax.set(
+        title="III  For parallel hardware: eight steps in three levels",
+        xlabel="step",
+        ylabel="level",
+        xlim=(-0.6, 7.6),
+        ylim=(-3.5, 0.5),
+    )
     ax.set_yticks([0, -1, -2, -3], ["0", "1", "2", "3"])
     ax.grid(False)
 
