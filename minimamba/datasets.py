@@ -20,7 +20,7 @@ def co2():
 
     series = source.load_pandas().data["co2"].interpolate()
     times = series.index.year + (series.index.dayofyear - 1) / 365.25
-    return Signal(times.to_numpy(float), series.to_numpy(float), "CO2 at Mauna Loa (ppm)")
+    return Signal(times.to_numpy(float), series.to_numpy(float, copy=True), "CO2 at Mauna Loa (ppm)")
 
 
 def sunspots():
@@ -28,7 +28,11 @@ def sunspots():
     from statsmodels.datasets import sunspots as source
 
     table = source.load_pandas().data
-    return Signal(table["YEAR"].to_numpy(float), table["SUNACTIVITY"].to_numpy(float), "Sunspot number (yearly)")
+    return Signal(
+        table["YEAR"].to_numpy(float, copy=True),
+        table["SUNACTIVITY"].to_numpy(float, copy=True),
+        "Sunspot number (yearly)",
+    )
 
 
 class Split(NamedTuple):
