@@ -25,8 +25,8 @@ def simulate(u, delta, A, B, C, D=0.0, initial_state=None):
     u (L,), delta the length of one step, initial_state (N,) or zeros; returns y (L,) and h (L, N) at the steps' ends.
     Within a step the input is constant, so one matrix exponential, made once, takes the state from end to end.
     """
-    u, A, B, C, h = _check_system(u, A, B, C, initial_state)
-    A_bar, B_bar = zoh(A, B, _check_delta(delta, A))  # e^{ΔA} and ∫_0^Δ e^{sA} B ds; chapter 02 takes it apart
+    u, delta, A, B, C, h = _check_system(u, delta, A, B, C, initial_state)
+    A_bar, B_bar = zoh(A, B, delta)  # e^{ΔA} and ∫_0^Δ e^{sA} B ds; chapter 02 takes it apart
     states = []
     for u_k in u:
         h = A_bar @ h + B_bar * u_k
@@ -38,16 +38,14 @@ def simulate(u, delta, A, B, C, D=0.0, initial_state=None):
 def free_response(A, initial_state, times):
     """Return h(t) = e^{At} h_0 at `times` (T,), the state of a system left alone, as (T, N)."""
     A, initial_state = _check_numbers(A=A, initial_state=initial_state)
-    _check_square(A)
-    check_shape("initial_state", initial_state, (A.shape[0],))
+    _check_sizes(A, initial_state=initial_state)
     return matrix_exp(_check_times(times, A)[:, None, None] * A) @ initial_state
 
 
 def impulse_response(A, B, C, times):
     """Return C e^{At} B at `times` (T,) >= 0: the weight in y(t) of the input of time t ago, as (T,)."""
     A, B, C = _check_numbers(A=A, B=B, C=C)
-    _check_square(A)
-    check_shape("C", C, (A.shape[0],))
+    _check_sizes(A, B=B, C=C)
     return free_response(A, B, times) @ C
 
 
@@ -58,9 +56,7 @@ def diagonalize(A, B, C):
     the sum over n of C'_n B'_n e^{λ_n t}. Raises ValueError for an A without a basis of eigenvectors.
     """
     A, B, C = _check_numbers(A=A, B=B, C=C)
-    _check_square(A)
-    check_shape("B", B, (A.shape[0],))
-    check_shape("C", C, (A.shape[0],))
+    _check_sizes(A, B=B, C=C)
     eigenvalues, V = torch.linalg.eig(A)
     condition = torch.linalg.cond(V).item()
     if condition > torch.finfo(A.dtype).eps ** -0.5:
@@ -97,29 +93,33 @@ def mass_spring(mass, stiffness, friction):
 def _growth_rate(A):
     """The largest real part of A's eigenvalues, or 0 if it is only rounding: late states grow as e^{rate t}."""
     _check_numbers(A=A)
-    _check_square(A)
+    _check_sizes(A)
     eigenvalues = torch.linalg.eigvals(A)
     rounding = len(A) * torch.finfo(A.dtype).eps * eigenvalues.abs().max()
     rate = eigenvalues.real.max()
     return rate.item() if rate.abs() > rounding else 0.0
 
 
-def _check_system(u, A, B, C, initial_state):
+def _check_system(u, delta, A, B, C, initial_state):
+    """Check everything `simulate` takes. Return it in one dtype, the state as zeros if there is none."""
     optional = {} if initial_state is None else {"initial_state": initial_state}
     u, A, B, C, *state = _check_numbers(u=u, A=A, B=B, C=C, **optional)
     check_shape("u", u, ("L",))
     if len(u) == 0:
         raise ValueError("u: expected L >= 1, got shape (0,)")
-    _check_square(A)
     h = state[0] if state else torch.zeros_like(B)
-    for name, value in (("B", B), ("C", C), ("initial_state", h)):
-        check_shape(name, value, (A.shape[0],))
-    return u, A, B, C, h
+    _check_sizes(A, B=B, C=C, initial_state=h)
+    delta = _check_delta(delta, A)
+    if delta.ndim > 0:
+        raise ValueError(f"delta: expected one step for all, got shape {tuple(delta.shape)}")
+    return u, delta, A, B, C, h
 
 
-def _check_square(A):
+def _check_sizes(A, **vectors):
     if A.ndim != 2 or A.shape[0] != A.shape[1] or len(A) == 0:
         raise ValueError(f"A: expected shape (N, N) with N >= 1, got {tuple(A.shape)}")
+    for name, value in vectors.items():
+        check_shape(name, value, (len(A),))
 
 
 def _check_times(times, A):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from minimamba._validation import check_positive_sizes, check_shape
+from minimamba.discretization import _check_numbers
 
 
 def run_recurrent(u, A_bar, B_bar, C, D=None, initial_state=None):
@@ -164,22 +165,3 @@ def _check_convolution(u, kernel, D):
     if D is not None:
         check_shape("D", D, (u.shape[2],))
     return u, kernel
-
-
-def _check_numbers(**tensors):
-    """Check for float or complex tensors of one precision on one device. Return them in one dtype."""
-    first_name, first = next(iter(tensors.items()))
-    dtype = None
-    for name, value in tensors.items():
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-        if value.dtype not in (torch.float32, torch.float64, torch.complex64, torch.complex128):
-            raise TypeError(f"{name}: expected float32, float64, complex64 or complex128, got {value.dtype}")
-        real = first.dtype.to_real()
-        if value.dtype.to_real() != real:
-            expected = f"{real} or {real.to_complex()} ({first_name}'s precision)"
-            raise TypeError(f"{name}: expected {expected}, got {value.dtype}")
-        if value.device != first.device:
-            raise ValueError(f"{name}: expected device {first.device} ({first_name}'s), got {value.device}")
-        dtype = value.dtype if dtype is None else torch.promote_types(dtype, value.dtype)
-    return [value.to(dtype) for value in tensors.values()]

@@ -97,12 +97,11 @@ def test_a_conjugate_pair_is_a_real_rotation(name):
     sigma, omega, delta = -0.4, 3.0, 0.3
     A = torch.tensor([[sigma, -omega], [omega, sigma]], dtype=torch.float64)
     B = torch.tensor([1.5, -0.5], dtype=torch.float64)
+    b = torch.view_as_complex(B)[None]
     A_bar, B_bar = RULES[name](A, B, delta)
-    a, b = DIAGONAL_RULES[name](
-        torch.tensor([sigma + 1j * omega]).to(torch.complex128), torch.view_as_complex(B)[None], delta
-    )
-    assert_near(A_bar @ B, torch.view_as_real(a * torch.view_as_complex(B))[0])
-    assert_near(B_bar, torch.view_as_real(b)[0])
+    a_bar, b_bar = DIAGONAL_RULES[name](torch.tensor([sigma + 1j * omega], dtype=torch.complex128), b, delta)
+    assert_near(A_bar @ B, torch.view_as_real(a_bar * b)[0])
+    assert_near(B_bar, torch.view_as_real(b_bar)[0])
 
 
 @each_rule
@@ -130,12 +129,9 @@ def test_any_axes_that_broadcast(name, data, N, dense):
         assert_near(B_bar[i], one_B)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("other", DTYPES)
+@pytest.mark.parametrize(("dtype", "other"), [(a, b) for a in DTYPES for b in DTYPES if a.to_real() == b.to_real()])
 @pytest.mark.parametrize("rules", [RULES, DIAGONAL_RULES])
 def test_dtypes(rules, dtype, other):
-    if dtype.to_real() != other.to_real():
-        pytest.skip("mixed precision is refused, see below")
     A = -torch.eye(2, dtype=dtype) if rules is RULES else -torch.ones(2, dtype=dtype)
     for rule in rules.values():
         for delta in (1, 0.5, torch.tensor(0.5, dtype=dtype.to_real())):
@@ -192,9 +188,8 @@ def test_stiff_and_tiny_steps(dtype):
     for delta in (1e-8, 1e-3, 1.0, 1e3):
         A_bar, B_bar = discretization.zoh_diagonal(A, torch.ones_like(A), delta)
         z = A.double().numpy() * delta
-        np.testing.assert_allclose(
-            A_bar.numpy(), np.exp(z), rtol=eps * 4 * max(1, 88 if dtype == torch.float32 else 745), atol=1e-37
-        )
+        # exp turns the rounding of z into an error of |z| eps, and below exp(-80) float32 is not normal any more.
+        np.testing.assert_allclose(A_bar.numpy(), np.exp(z), rtol=100 * eps, atol=1e-34)
         np.testing.assert_allclose(B_bar.numpy(), np.expm1(z) / z * delta, rtol=20 * eps)
     system, B = torch.tensor([[-1e4, 3e3], [0, -1e-3]], dtype=torch.float64), torch.ones(2, dtype=torch.float64)
     A_bar, B_bar = discretization.zoh(system, B, 2.0)
@@ -237,7 +232,7 @@ def test_exprel_and_its_gradient_keep_their_digits_near_zero(is_complex):
     want, slope = exprel_and_derivative(z.detach())
     np.testing.assert_allclose(value.detach(), want, rtol=1e-14)
     (gradient,) = torch.autograd.grad(value.sum() if not is_complex else value.real.sum(), z)
-    np.testing.assert_allclose(gradient, slope.conj(), rtol=4e-15 / 0.25)
+    np.testing.assert_allclose(gradient, slope.conj(), rtol=2e-14)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -345,14 +340,13 @@ def test_stability_of_each_rule():
         assert (stable[name] == (z.real < 0)).all()
 
 
-@pytest.mark.parametrize("name", ["euler", "bilinear", "zoh"])
+@each_rule
 def test_the_steady_state_of_a_constant_input_is_exact_but_not_for_zoh_euler(name):
     A, B = draw(7, 3, 3) - 3 * torch.eye(3), draw(8, 3)
-    steady = -np.linalg.solve(A, B)
-    A_bar, B_bar = RULES[name](A, B, 0.3)
-    assert_near(np.linalg.solve(np.eye(3) - A_bar.numpy(), B_bar.numpy()), steady, 1e-10)
-    A_bar, B_bar = discretization.zoh_euler(A, B, 0.3)
-    assert np.abs(np.linalg.solve(np.eye(3) - A_bar.numpy(), B_bar.numpy()) - steady).max() > 0.05
+    A_bar, B_bar = (x.numpy() for x in RULES[name](A, B, 0.3))
+    steady = np.linalg.solve(np.eye(3) - A_bar, B_bar)
+    error = np.abs(steady + np.linalg.solve(A.numpy(), B.numpy())).max()
+    assert error > 0.05 if name == "zoh-euler" else error < 1e-12
 
 
 # --- gradients ---
@@ -412,10 +406,10 @@ def test_rules_name_the_bad_argument(name, dense):
         (A, B, None, TypeError, "delta: expected a number or a torch.Tensor, got NoneType"),
         (A[..., :0], B[:0], 1.0, ValueError, r"A: expected shape \(\.\.\., .*N\) with N >= 1, got"),
         (A.sum(), B, 1.0, ValueError, r"A: expected shape \(\.\.\., .*N\) with N >= 1, got \(\)"),
-        (A, B[:2], 1.0, ValueError, r"B: expected shape \(\.\.\., 3\), N as in A, got \(2,\)"),
-        (A, B.sum(), 1.0, ValueError, r"B: expected shape \(\.\.\., 3\), N as in A, got \(\)"),
-        (batch, B.expand(4, 3), 1.0, ValueError, r"B: expected axes that broadcast against \(2,\) before N, got \(4,\)"),
-        (batch, B, torch.ones(3).double(), ValueError, r"delta: expected axes that broadcast against \(2,\), got \(3,\)"),
+        (A, B[:2], 1.0, ValueError, r"B: expected shape \(..., 3\), N as in A, got \(2,\)"),
+        (A, B.sum(), 1.0, ValueError, r"B: expected shape \(..., 3\), N as in A, got \(\)"),
+        (batch, B.expand(4, 3), 1.0, ValueError, r"B: expected axes that .* \(2,\) before N, got \(4,\)"),
+        (batch, B, torch.ones(3).double(), ValueError, r"delta: expected axes that .* \(2,\), got \(3,\)"),
         (A, B.to("meta"), 1.0, ValueError, r"B: expected device cpu \(A's\), got meta"),
         (A, B, torch.ones((), device="meta").double(), ValueError, r"delta: expected device cpu \(A's\), got meta"),
     ]  # fmt: skip
