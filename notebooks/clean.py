@@ -19,10 +19,22 @@ def clean(path):
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "language_info": {"name": "python"}}
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+            cell.outputs = joined([o for o in cell.outputs if WIDGET not in o.get("data", {})])
     temporary = path.with_suffix(".ipynb.tmp")
     nbformat.write(notebook, temporary)
     os.replace(temporary, path)
+
+
+def joined(outputs):
+    """Join neighbouring pieces of one stream: where a print is split depends on when the kernel flushed."""
+    result = []
+    for output in outputs:
+        last = result[-1] if result else {}
+        if output.output_type == "stream" and last.get("name") == output.name:
+            last.text += output.text
+        else:
+            result.append(output)
+    return result
 
 
 if __name__ == "__main__":
