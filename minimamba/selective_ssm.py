@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn.functional import softplus
 
-from minimamba._validation import check_shape, check_tensor
-from minimamba.interface import selective_scan, selective_state_update
+from minimamba._validation import check_option, check_shape, check_tensor
+from minimamba.interface import METHODS, selective_scan, selective_state_update
 
 
 class SelectiveSSM(nn.Module):
@@ -15,7 +15,8 @@ class SelectiveSSM(nn.Module):
 
     u (B, L, d_model) -> y (B, L, d_model). Parameters have the official names and initial values: A = -exp(A_log)
     starts at -1, ..., -N in every channel, softplus of `dt_proj.bias` is log-uniform in [dt_min, dt_max].
-    `A_log` and `D` stay float32 in every dtype. Source: Mamba (Gu and Dao, 2023), Algorithm 2 and section 3.6.
+    `A_log` and `D` are made in float32 whatever the dtype (float64 in float64); the scan always reads them so.
+    Source: Mamba (Gu and Dao, 2023), Algorithm 2 and section 3.6.
     """
 
     def __init__(
@@ -32,8 +33,14 @@ class SelectiveSSM(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        self.d_model, self.d_state, self.method = d_model, d_state, method
-        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        for name, size in (("d_model", d_model), ("d_state", d_state), ("dt_rank", dt_rank)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {size!r}")
+        if not 0 < dt_min <= dt_max:
+            raise ValueError(f"dt_min: expected 0 < dt_min <= dt_max = {dt_max}, got {dt_min}")
+        check_option("method", method, METHODS)
+        self.d_model, self.d_state, self.dt_rank, self.method = d_model, d_state, dt_rank, method
         factory = {"device": device, "dtype": dtype}
         wide = {"device": device, "dtype": torch.float64 if dtype == torch.float64 else torch.float32}
         self.x_proj = nn.Linear(d_model, self.dt_rank + 2 * d_state, bias=False, **factory)
@@ -51,7 +58,7 @@ class SelectiveSSM(nn.Module):
         """Run whole sequences u (B, L, d_model); states (B, d_model, d_state) as in `selective_scan`."""
         dt, B, C = self._project(u)
         return selective_scan(
-            u, dt, self.A, B, C, self.D, delta_softplus=True, initial_state=initial_state,
+            u, dt, self.A, B, C, _wide(self.D), delta_softplus=True, initial_state=initial_state,
             return_final_state=return_final_state, cu_seqlens=cu_seqlens, method=self.method,
         )  # fmt: skip
 
@@ -70,17 +77,25 @@ class SelectiveSSM(nn.Module):
     @property
     def A(self):
         """The state matrix -exp(A_log) (d_model, d_state): negative whatever A_log learns."""
-        return -torch.exp(self.A_log)
+        return -torch.exp(_wide(self.A_log))
 
     def allocate_state(self, batch):
         """Return a zero state (batch, d_model, d_state) for `step`."""
-        return self.A_log.new_zeros(batch, self.d_model, self.d_state)
+        return torch.zeros_like(self.A).repeat(batch, 1, 1)
 
     @torch.no_grad()
     def step(self, u, state):
         """Take in one step u (B, d_model), overwrite `state`, and return y (B, d_model). Has no gradient."""
+        check_tensor("u", u)
+        check_shape("u", u, ("B", self.d_model))
         dt, B, C = self._project(u)
-        return selective_state_update(state, u, dt, self.A, B, C, self.D, dt_softplus=True)
+        u = u.to(dt.dtype)  # what autocast does to the input of a scan
+        return selective_state_update(state, u, dt, self.A, B, C, _wide(self.D), dt_softplus=True)
+
+
+def _wide(x):
+    """Half precision to float32: a layer moved to bfloat16 as a whole keeps its exponentials."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def inverse_softplus(y):
