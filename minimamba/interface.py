@@ -4,7 +4,7 @@ import torch
 
 from minimamba import _operators, parallel_scan, sequential_scan
 from minimamba._validation import check_option, check_scan_arguments, check_update_arguments, document_borders
-from minimamba.triton_scan import triton_is_installed
+from minimamba.triton_scan import TRITON_IS_INSTALLED
 
 METHODS = ("auto", "sequential", "hillis_steele", "blelloch", "chunked", "cpu", "triton")
 
@@ -62,7 +62,7 @@ def selective_scan(
     check_scan_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
     check_option("method", method, METHODS)
     if method == "auto":
-        method = "triton" if u.is_cuda and triton_is_installed() else "cpu"
+        method = "triton" if u.is_cuda and TRITON_IS_INSTALLED else "cpu"
     if method in _operators.BACKENDS:
         scan = _operators.selective_scan
     else:

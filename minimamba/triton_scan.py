@@ -76,14 +76,13 @@ def block_size(length):
 # --- can a kernel run here? ----------------------------------------------------------------------------
 
 
-def triton_is_installed():
-    """Whether `import triton` would find anything, without importing it."""
-    return importlib.util.find_spec("triton") is not None
+# Found without importing it, and once: torch.compile cannot trace the search.
+TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def require_triton(device):
     """Raise RuntimeError, saying what to do, unless kernels can run on tensors of `device`."""
-    if not triton_is_installed():
+    if not TRITON_IS_INSTALLED:
         raise RuntimeError(
             "triton: not installed, and pip has builds for Linux only. There: pip install triton. "
             'Elsewhere choose another method=, such as "cpu", which runs everywhere'
@@ -108,7 +107,7 @@ def load_ipython_extension(ipython):
     """
 
     def triton_cell(line, cell):
-        if triton_is_installed():
+        if TRITON_IS_INSTALLED:
             ipython.run_cell(cell).raise_error()
         else:
             print("Triton has no build for this system: the outputs of the committed notebook are from one that has.")

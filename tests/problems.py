@@ -54,6 +54,8 @@ class Problem:
             k: None if x is None else x.to(device, dtype if k in half else wide) for k, x in self.tensors.items()
         }
         cotangents = {k: x.to(device, wide) for k, x in self.cotangents.items()}
+        if "y" in cotangents:  # autograd rounds it to y's dtype, which is u's
+            cotangents["y"] = cotangents["y"].to(tensors["u"].dtype).to(wide)
         cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
         return replace(self, tensors=tensors, cotangents=cotangents, cu_seqlens=cu_seqlens)
 

@@ -169,7 +169,8 @@ def test_half_precision_rounds_the_inputs_and_y_only(method, dtype, wide_too):
     expected = problem.to(torch.float64).gradients(selective_scan, method="sequential")
     for name, gradient in gradients.items():
         assert gradient.dtype == problem.tensors[name].dtype
-        assert relative_error(gradient, expected[name]) < 2 * torch.finfo(dtype).eps, name
+        tolerance = 2 * torch.finfo(dtype).eps if gradient.dtype == dtype else 1e-5
+        assert relative_error(gradient, expected[name]) < tolerance, name
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -201,6 +201,6 @@ def test_a_cell_goes_on_where_triton_has_no_build(monkeypatch, capsys):
     triton_scan.load_ipython_extension(shell)
     shell.magic("", "x = 1")
     assert cells == ["x = 1", "raised"] and capsys.readouterr().out == ""
-    monkeypatch.setattr(triton_scan, "triton_is_installed", lambda: False)
+    monkeypatch.setattr(triton_scan, "TRITON_IS_INSTALLED", False)
     shell.magic("", "x = 2")
     assert "x = 2" not in cells and "Triton has no build for this system" in capsys.readouterr().out
