@@ -72,6 +72,17 @@ def load_map(
 
 
 @triton.jit
+def sum_of_products(x, y, axis: tl.constexpr):
+    """Sum x y over `axis`; the shapes broadcast. Every thread that holds a copy of a sum gets the same bits.
+
+    Left to itself the compiler fuses each thread's last product into the first addition across threads. Then
+    copies of one sum round differently, and which of them survives a change of layout is for the hardware to say.
+    fma(x, y, 0) is a product that cannot be fused.
+    """
+    return tl.sum(tl.fma(x, y, 0.0), axis=axis)
+
+
+@triton.jit
 def row_of(tile, row, BLOCK_T: tl.constexpr):
     """Row `row` of a (BLOCK_T, BLOCK_D, BLOCK_N) tile. Triton cannot index registers, so: mask and sum."""
     keep = tl.arange(0, BLOCK_T)[:, None, None] == row
@@ -163,7 +174,7 @@ def selective_scan_forward_kernel(
 
         # Project, skip, gate.
         C_tile = load_map(C, t, d, n, mask_t, mask_d, mask_n, C_t, C_d, C_n, C_VARYING, DTYPE)
-        out = tl.sum(h_tile * C_tile, axis=2)
+        out = sum_of_products(h_tile, C_tile, axis=2)
         if HAS_D:
             out += D_row[None, :] * u_tile
         if HAS_Z:
@@ -278,7 +289,7 @@ def selective_scan_backward_kernel(
             if HAS_Z:
                 z_tile = load_steps(z, t, d, mask, z_t, z_d, DTYPE)
                 s = sigmoid(z_tile)
-                out = tl.sum(h_tile * C_tile, axis=2)
+                out = sum_of_products(h_tile, C_tile, axis=2)
                 if HAS_D:
                     out += D_row[None, :] * u_tile
                 dz_tile = dy * out * s * (1.0 + z_tile * (1.0 - s))
@@ -293,12 +304,12 @@ def selective_scan_backward_kernel(
 
             # g_t A_bar_t h_{t-1}, which feeds dΔ and dA. A_bar_t h_{t-1} = h_t - B_bar_t u_t needs no shifted state.
             through_A = g * (h_tile - B_bar_u)
-            through_B = tl.sum(g * B_tile, axis=2)
-            ddelta_tile = tl.sum(through_A * A_tile[None, :, :], axis=2) + through_B * u_tile
+            through_B = sum_of_products(g, B_tile, axis=2)
+            ddelta_tile = sum_of_products(through_A, A_tile[None, :, :], axis=2) + through_B * u_tile
             du_tile = through_B * step
             if HAS_D:
                 du_tile += D_row[None, :] * dy
-                dD_sum += tl.sum(dy * u_tile, axis=0)
+                dD_sum += sum_of_products(dy, u_tile, axis=0)
             if SOFTPLUS:
                 ddelta_tile *= sigmoid(step_in)
             if HAS_BIAS:
@@ -309,23 +320,22 @@ def selective_scan_backward_kernel(
                 ddelta_tile.to(ddelta.dtype.element_ty),
                 mask=mask,
             )
-            dA_sum += tl.sum(through_A * step[:, :, None], axis=0)
+            dA_sum += sum_of_products(through_A, step[:, :, None], axis=0)
 
-            dB_tile = g * (step * u_tile)[:, :, None]
-            dC_tile = h_tile * dy[:, :, None]
+            through_u = (step * u_tile)[:, :, None]
             offsets_tn = slice_tn + t[:, None] * groups * states + n[None, :]
             mask_tn = mask_t[:, None] & mask_n[None, :]
             again = mask_tn & (block != program)  # this program's first block writes, the others add
             if B_VARYING:
                 before = tl.load(dB + offsets_tn, mask=again, other=0.0)
-                tl.store(dB + offsets_tn, before + tl.sum(dB_tile, axis=1), mask=mask_tn)
+                tl.store(dB + offsets_tn, before + sum_of_products(g, through_u, axis=1), mask=mask_tn)
             else:
-                dB_sum += tl.sum(dB_tile, axis=0)
+                dB_sum += sum_of_products(g, through_u, axis=0)
             if C_VARYING:
                 before = tl.load(dC + offsets_tn, mask=again, other=0.0)
-                tl.store(dC + offsets_tn, before + tl.sum(dC_tile, axis=1), mask=mask_tn)
+                tl.store(dC + offsets_tn, before + sum_of_products(h_tile, dy[:, :, None], axis=1), mask=mask_tn)
             else:
-                dC_sum += tl.sum(dC_tile, axis=0)
+                dC_sum += sum_of_products(h_tile, dy[:, :, None], axis=0)
 
         tl.store(dA + slice_dn + offsets_dn, dA_sum, mask=mask_dn)
         tl.store(dinitial_state + slice_dn + offsets_dn, carry, mask=mask_dn)
