@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import make, relative_error
 
+from minimamba import parallel_scan
 from minimamba.parallel_scan import CHUNK, Counted, blelloch, chunked, combine, hillis_steele, selective_scan_parallel
 
 SCANS = [hillis_steele, blelloch]
@@ -108,6 +109,20 @@ def test_the_selective_scan_equals_the_oracle(algorithm):
 def test_gradcheck(algorithm):
     inputs = [x.requires_grad_() for x in core(make(1, 5, 2, 2, 2, **BARE))]
     assert torch.autograd.gradcheck(lambda *x: selective_scan_parallel(*x, algorithm), inputs)
+
+
+def test_gradcheck_across_chunk_borders(monkeypatch):
+    steps = []
+
+    def spy(operator, elements, carry):
+        steps.append(len(elements[0]))
+        return chunked(operator, elements, carry)
+
+    monkeypatch.setattr(parallel_scan, "CHUNK", 2)
+    monkeypatch.setattr(parallel_scan, "chunked", spy)
+    inputs = [x.requires_grad_() for x in core(make(1, 5, 2, 2, 2, **BARE))]
+    assert torch.autograd.gradcheck(lambda *x: selective_scan_parallel(*x, "chunked"), inputs)
+    assert steps[:3] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("algorithm", ["hillis_steele", "blelloch", "chunked"])
