@@ -38,6 +38,39 @@ def check_positive_sizes(name, value, letters):
             raise ValueError(f"{name}: expected {letter} >= 1, got shape {_show(tuple(value.shape))}")
 
 
+def check_numbers(**tensors):
+    """Check for float or complex tensors of one precision on one device. Return them in one dtype."""
+    first_name, first = next(iter(tensors.items()))
+    dtype = None
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        if value.dtype not in (torch.float32, torch.float64, torch.complex64, torch.complex128):
+            raise TypeError(f"{name}: expected float32, float64, complex64 or complex128, got {value.dtype}")
+        real = first.dtype.to_real()
+        if value.dtype.to_real() != real:
+            expected = f"{real} or {real.to_complex()} ({first_name}'s precision)"
+            raise TypeError(f"{name}: expected {expected}, got {value.dtype}")
+        if value.device != first.device:
+            raise ValueError(f"{name}: expected device {first.device} ({first_name}'s), got {value.device}")
+        dtype = value.dtype if dtype is None else torch.promote_types(dtype, value.dtype)
+    return [value.to(dtype) for value in tensors.values()]
+
+
+def check_delta(delta, A):
+    """Return the step as a real tensor of A's precision and device."""
+    real = A.dtype.to_real()
+    if not isinstance(delta, torch.Tensor):
+        if not isinstance(delta, int | float):
+            raise TypeError(f"delta: expected a number or a torch.Tensor, got {type(delta).__name__}")
+        return torch.tensor(delta, dtype=real, device=A.device)
+    if delta.dtype != real:
+        raise TypeError(f"delta: expected {real} (A's precision), got {delta.dtype}")
+    if delta.device != A.device:
+        raise ValueError(f"delta: expected device {A.device} (A's), got {delta.device}")
+    return delta
+
+
 def check_option(name, value, options):
     """Raise ValueError unless `value` is one of `options`."""
     if value not in options:

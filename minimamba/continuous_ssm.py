@@ -15,8 +15,8 @@ import math
 
 import torch
 
-from minimamba._validation import check_shape
-from minimamba.discretization import _check_delta, _check_numbers, matrix_exp, zoh
+from minimamba._validation import check_delta, check_numbers, check_shape
+from minimamba.discretization import matrix_exp, zoh
 
 
 def simulate(u, delta, A, B, C, D=0.0, initial_state=None):
@@ -25,7 +25,7 @@ def simulate(u, delta, A, B, C, D=0.0, initial_state=None):
     u (L,), delta the length of one step, initial_state (N,) or zeros; returns y (L,) and h (L, N) at the steps' ends.
     Within a step the input is constant, so one matrix exponential, made once, takes the state from end to end.
     """
-    u, delta, A, B, C, h = _check_system(u, delta, A, B, C, initial_state)
+    u, delta, A, B, C, h = _check_system(u, delta, A, B, C, D, initial_state)
     A_bar, B_bar = zoh(A, B, delta)  # e^{ΔA} and ∫_0^Δ e^{sA} B ds; chapter 02 takes it apart
     states = []
     for u_k in u:
@@ -37,14 +37,14 @@ def simulate(u, delta, A, B, C, D=0.0, initial_state=None):
 
 def free_response(A, initial_state, times):
     """Return h(t) = e^{At} h_0 at `times` (T,), the state of a system left alone, as (T, N)."""
-    A, initial_state = _check_numbers(A=A, initial_state=initial_state)
+    A, initial_state = check_numbers(A=A, initial_state=initial_state)
     _check_sizes(A, initial_state=initial_state)
     return matrix_exp(_check_times(times, A)[:, None, None] * A) @ initial_state
 
 
 def impulse_response(A, B, C, times):
     """Return C e^{At} B at `times` (T,) >= 0: the weight in y(t) of the input of time t ago, as (T,)."""
-    A, B, C = _check_numbers(A=A, B=B, C=C)
+    A, B, C = check_numbers(A=A, B=B, C=C)
     _check_sizes(A, B=B, C=C)
     return free_response(A, B, times) @ C
 
@@ -55,7 +55,7 @@ def diagonalize(A, B, C):
     With A = V Λ V^-1 the coordinates V^-1 h do not mix any more: B' = V^-1 B, C' = C V, and the impulse response is
     the sum over n of C'_n B'_n e^{λ_n t}. Raises ValueError for an A without a basis of eigenvectors.
     """
-    A, B, C = _check_numbers(A=A, B=B, C=C)
+    A, B, C = check_numbers(A=A, B=B, C=C)
     _check_sizes(A, B=B, C=C)
     eigenvalues, V = torch.linalg.eig(A)
     condition = torch.linalg.cond(V).item()
@@ -81,9 +81,11 @@ def mass_spring(mass, stiffness, friction):
     With m in kg, k in kg/s², c in kg/s and the force x in newton, t is in seconds and q in metres. Left alone, it
     swings with ω = sqrt(k/m) radian per second if c = 0, and no longer swings from c = 2 sqrt(k m) on.
     """
-    for name, value, least in (("mass", mass, "> 0"), ("stiffness", stiffness, ">= 0"), ("friction", friction, ">= 0")):
-        if not (value > 0 or (value == 0 and least == ">= 0")):
-            raise ValueError(f"{name}: expected {least}, got {value}")
+    for name, value in (("mass", mass), ("stiffness", stiffness), ("friction", friction)):
+        if not isinstance(value, int | float):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        if not 0 <= value < math.inf or (name == "mass" and value == 0):
+            raise ValueError(f"{name}: expected a finite number {'> 0' if name == 'mass' else '>= 0'}, got {value}")
     A = torch.tensor([[0, 1], [-stiffness / mass, -friction / mass]], dtype=torch.float64)
     B = torch.tensor([0, 1 / mass], dtype=torch.float64)
     C = torch.tensor([1, 0], dtype=torch.float64)
@@ -92,7 +94,7 @@ def mass_spring(mass, stiffness, friction):
 
 def _growth_rate(A):
     """The largest real part of A's eigenvalues, or 0 if it is only rounding: late states grow as e^{rate t}."""
-    _check_numbers(A=A)
+    check_numbers(A=A)
     _check_sizes(A)
     eigenvalues = torch.linalg.eigvals(A)
     rounding = len(A) * torch.finfo(A.dtype).eps * eigenvalues.abs().max()
@@ -100,18 +102,20 @@ def _growth_rate(A):
     return rate.item() if rate.abs() > rounding else 0.0
 
 
-def _check_system(u, delta, A, B, C, initial_state):
+def _check_system(u, delta, A, B, C, D, initial_state):
     """Check everything `simulate` takes. Return it in one dtype, the state as zeros if there is none."""
     optional = {} if initial_state is None else {"initial_state": initial_state}
-    u, A, B, C, *state = _check_numbers(u=u, A=A, B=B, C=C, **optional)
+    u, A, B, C, *state = check_numbers(u=u, A=A, B=B, C=C, **optional)
     check_shape("u", u, ("L",))
     if len(u) == 0:
         raise ValueError("u: expected L >= 1, got shape (0,)")
     h = state[0] if state else torch.zeros_like(B)
     _check_sizes(A, B=B, C=C, initial_state=h)
-    delta = _check_delta(delta, A)
+    delta = check_delta(delta, A)
     if delta.ndim > 0:
         raise ValueError(f"delta: expected one step for all, got shape {tuple(delta.shape)}")
+    if not isinstance(D, int | float | complex) and not (isinstance(D, torch.Tensor) and D.ndim == 0):
+        raise TypeError(f"D: expected a number, got {type(D).__name__}")
     return u, delta, A, B, C, h
 
 

@@ -14,8 +14,7 @@ sections 2.3 and 2.4.
 import torch
 import torch.nn.functional as F
 
-from minimamba._validation import check_positive_sizes, check_shape
-from minimamba.discretization import _check_numbers
+from minimamba._validation import check_numbers, check_positive_sizes, check_shape
 
 
 def run_recurrent(u, A_bar, B_bar, C, D=None, initial_state=None):
@@ -107,7 +106,7 @@ def toeplitz(kernel):
 
     kernel (..., L). For one channel y = T u.
     """
-    _check_numbers(kernel=kernel)
+    check_numbers(kernel=kernel)
     if kernel.ndim == 0 or kernel.shape[-1] == 0:
         raise ValueError(f"kernel: expected shape (..., L) with L >= 1, got {tuple(kernel.shape)}")
     step = torch.arange(kernel.shape[-1], device=kernel.device)
@@ -127,7 +126,7 @@ def _add_skip(y, u, D):
 def _check_run(u, A_bar, B_bar, C, D, initial_state):
     optional = {"D": D, "initial_state": initial_state}
     given = {name: value for name, value in optional.items() if value is not None}
-    u, A_bar, B_bar, C, *_ = _check_numbers(u=u, A_bar=A_bar, B_bar=B_bar, C=C, **given)
+    u, A_bar, B_bar, C, *_ = check_numbers(u=u, A_bar=A_bar, B_bar=B_bar, C=C, **given)
     check_shape("u", u, ("Batch", "L", "D"))
     check_positive_sizes("u", u, ("Batch", "L", "D"))
     channels = u.shape[2]
@@ -141,7 +140,7 @@ def _check_run(u, A_bar, B_bar, C, D, initial_state):
 
 
 def _check_system(A_bar, B_bar, C, length=1):
-    A_bar, B_bar, C = _check_numbers(A_bar=A_bar, B_bar=B_bar, C=C)
+    A_bar, B_bar, C = check_numbers(A_bar=A_bar, B_bar=B_bar, C=C)
     if B_bar.ndim == 0 or B_bar.shape[-1] == 0:
         raise ValueError(f"B_bar: expected shape (..., N) with N >= 1, got {tuple(B_bar.shape)}")
     diagonal = tuple(B_bar.shape)
@@ -158,7 +157,7 @@ def _check_system(A_bar, B_bar, C, length=1):
 
 def _check_convolution(u, kernel, D):
     skip = {} if D is None else {"D": D}
-    u, kernel, *_ = _check_numbers(u=u, kernel=kernel, **skip)
+    u, kernel, *_ = check_numbers(u=u, kernel=kernel, **skip)
     check_shape("u", u, ("Batch", "L", "D"))
     check_positive_sizes("u", u, ("Batch", "L", "D"))
     check_shape("kernel", kernel, (u.shape[2], u.shape[1]))

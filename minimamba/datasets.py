@@ -19,7 +19,7 @@ def co2():
     from statsmodels.datasets import co2 as source
 
     series = source.load_pandas().data["co2"].interpolate()
-    times = series.index.year + (series.index.dayofyear - 1) / 365.25
+    times = series.index.year + (series.index.day_of_year - 1) / 365.25
     return Signal(times.to_numpy(float), series.to_numpy(float, copy=True), "CO2 at Mauna Loa (ppm)")
 
 

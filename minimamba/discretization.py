@@ -22,6 +22,8 @@ the message begins with the argument's name.
 import torch
 import torch.nn.functional as F
 
+from minimamba._validation import check_delta, check_numbers
+
 
 def euler(A, B, delta):
     """Return I + ΔA and ΔB: follow the slope at the start of the step. Source: a first-order Taylor series."""
@@ -56,7 +58,7 @@ def zoh(A, B, delta):
 
 
 def zoh_euler(A, B, delta):
-    """Return exp(ΔA) and ΔB: exact for the state, Euler for the input. Source: Mamba's code, as in Algorithm 2."""
+    """Return exp(ΔA) and ΔB: exact for the state, Euler for the input. Source: selective_scan_ref in Mamba's code."""
     A, B, delta = _check_system(A, B, delta, dense=True)
     return matrix_exp(delta[..., None, None] * A), delta[..., None] * B
 
@@ -107,7 +109,7 @@ def exprel(z):
     Near zero the quotient is 0/0. expm1 saves its value but not its gradient, (exp(z) - exprel(z)) / z, where
     nearly equal numbers are subtracted. So |z| < 1/2 takes the Taylor series 1 + z/2 (1 + z/3 (1 + z/4 (...))).
     """
-    (z,) = _check_numbers(z=z)
+    (z,) = check_numbers(z=z)
     near_zero = z.abs() < 0.5
     # `where` multiplies the gradient of the branch not taken by zero, and 0 times infinity is NaN. So each branch
     # gets an input that it can bear; replacing only the result would leave NaN in the gradient at z = 0.
@@ -134,7 +136,7 @@ def _identity(A):
 
 def _check_system(A, B, delta, dense):
     """Check the arguments of a rule. Return A and B in one dtype and delta, their axes "..." expanded to one shape."""
-    A, B = _check_numbers(A=A, B=B)
+    A, B = check_numbers(A=A, B=B)
     own = 2 if dense else 1  # A's axes that belong to one system
     shape = tuple(A.shape)
     if A.ndim < own or 0 in shape[-own:] or (dense and shape[-1] != shape[-2]):
@@ -142,7 +144,7 @@ def _check_system(A, B, delta, dense):
     N = shape[-1]
     if B.ndim == 0 or B.shape[-1] != N:
         raise ValueError(f"B: expected shape (..., {N}), N as in A, got {tuple(B.shape)}")
-    delta = _check_delta(delta, A)
+    delta = check_delta(delta, A)
     axes = A.shape[:-own]
     for name, other in (("B", B.shape[:-1]), ("delta", delta.shape)):
         try:
@@ -151,36 +153,3 @@ def _check_system(A, B, delta, dense):
             wanted = f"axes that broadcast against {tuple(axes)}" + (" before N" if name == "B" else "")
             raise ValueError(f"{name}: expected {wanted}, got {tuple(other)}") from None
     return A.expand(axes + shape[-own:]), B.expand(*axes, N), delta.expand(axes)
-
-
-def _check_delta(delta, A):
-    """Return the step as a real tensor of A's precision and device."""
-    real = A.dtype.to_real()
-    if not isinstance(delta, torch.Tensor):
-        if not isinstance(delta, int | float):
-            raise TypeError(f"delta: expected a number or a torch.Tensor, got {type(delta).__name__}")
-        return torch.tensor(delta, dtype=real, device=A.device)
-    if delta.dtype != real:
-        raise TypeError(f"delta: expected {real} (A's precision), got {delta.dtype}")
-    if delta.device != A.device:
-        raise ValueError(f"delta: expected device {A.device} (A's), got {delta.device}")
-    return delta
-
-
-def _check_numbers(**tensors):
-    """Check for float or complex tensors of one precision on one device. Return them in one dtype."""
-    first_name, first = next(iter(tensors.items()))
-    dtype = None
-    for name, value in tensors.items():
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-        if value.dtype not in (torch.float32, torch.float64, torch.complex64, torch.complex128):
-            raise TypeError(f"{name}: expected float32, float64, complex64 or complex128, got {value.dtype}")
-        real = first.dtype.to_real()
-        if value.dtype.to_real() != real:
-            expected = f"{real} or {real.to_complex()} ({first_name}'s precision)"
-            raise TypeError(f"{name}: expected {expected}, got {value.dtype}")
-        if value.device != first.device:
-            raise ValueError(f"{name}: expected device {first.device} ({first_name}'s), got {value.device}")
-        dtype = value.dtype if dtype is None else torch.promote_types(dtype, value.dtype)
-    return [value.to(dtype) for value in tensors.values()]

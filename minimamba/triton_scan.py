@@ -17,7 +17,8 @@ from minimamba._validation import check_positive_sizes, check_shape, check_tenso
 def linear_scan_triton(a, b, initial_state=None, *, reverse=False):
     """Run h_t = a_t h_{t-1} + b_t elementwise over dimension 1, one Triton program a sequence.
 
-    a, b           (Batch, L, ...)   any strides, no copy; float16, bfloat16, float32 or float64
+    a, b           (Batch, L, ...)   float16, bfloat16, float32 or float64; any strides, copied only where the
+                                     axes after L cannot be seen as one
     initial_state  (Batch, ...)      h_0, or h_{L+1} if `reverse`; zero if None
 
     `reverse` runs h_t = a_t h_{t+1} + b_t from the last step to the first. Returns h (Batch, L, ...) in b's

@@ -281,6 +281,8 @@ def good(**changes):
         ({"delta": "week"}, TypeError, "delta: expected a number or a torch.Tensor, got str"),
         ({"delta": torch.tensor(0.1)}, TypeError, "delta: expected torch.float64"),
         ({"delta": torch.ones(5).double()}, ValueError, r"delta: expected one step for all, got shape \(5,\)"),
+        ({"D": "skip"}, TypeError, "D: expected a number, got str"),
+        ({"D": torch.ones(5).double()}, TypeError, "D: expected a number, got Tensor"),
     ],
 )
 def test_simulate_names_the_bad_argument(changes, error, message):
@@ -310,6 +312,13 @@ def test_the_other_functions_name_the_bad_argument():
             function(A[:2])
         with pytest.raises(TypeError, match=r"^A: expected a torch.Tensor"):
             function(A.tolist())
-    for name, arguments in (("mass", (0, 1, 1)), ("stiffness", (1, -1, 1)), ("friction", (1, 1, math.nan))):
-        with pytest.raises(ValueError, match=f"^{name}: expected >"):
+    for name, arguments in (
+        ("mass", (0, 1, 1)),
+        ("stiffness", (1, -1, 1)),
+        ("stiffness", (1, math.inf, 1)),
+        ("friction", (1, 1, math.nan)),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: expected a finite number >"):
             continuous_ssm.mass_spring(*arguments)
+    with pytest.raises(TypeError, match=r"^friction: expected a number, got str"):
+        continuous_ssm.mass_spring(1, 1, "light")
