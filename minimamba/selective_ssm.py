@@ -33,16 +33,19 @@ class SelectiveSSM(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
         for name, size in (("d_model", d_model), ("d_state", d_state), ("dt_rank", dt_rank)):
-            if not isinstance(size, int) or size < 1:
+            if not (type(size) is int and size >= 1) and not (name == "dt_rank" and size == "auto"):
                 raise ValueError(f"{name}: expected an integer >= 1, got {size!r}")
+        dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        for name, value in (("dt_min", dt_min), ("dt_max", dt_max), ("dt_init_floor", dt_init_floor)):
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"{name}: expected a finite number, got {value!r}")
         if not 0 < dt_min <= dt_max:
             raise ValueError(f"dt_min: expected 0 < dt_min <= dt_max = {dt_max}, got {dt_min}")
         check_option("method", method, METHODS)
         self.d_model, self.d_state, self.dt_rank, self.method = d_model, d_state, dt_rank, method
         factory = {"device": device, "dtype": dtype}
-        wide = {"device": device, "dtype": torch.float64 if dtype == torch.float64 else torch.float32}
+        wide = {"device": device, "dtype": torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)}
         self.x_proj = nn.Linear(d_model, self.dt_rank + 2 * d_state, bias=False, **factory)
         self.dt_proj = nn.Linear(self.dt_rank, d_model, bias=True, **factory)
         self.A_log = nn.Parameter(torch.log(torch.arange(1, d_state + 1, **wide)).repeat(d_model, 1))
@@ -69,8 +72,10 @@ class SelectiveSSM(nn.Module):
 
     def _project(self, u):
         """The same with Δ before its softplus, which the scan takes in full precision."""
-        check_tensor("u", u)
-        check_shape("u", u, (*map(str, u.shape[:-1]), self.d_model))
+        narrow = (torch.float32, torch.bfloat16, torch.float16)
+        dtypes = (torch.float64,) if self.A_log.dtype == torch.float64 else narrow
+        check_tensor("u", u, dtypes=dtypes, device=self.A_log.device, like=" (the layer's)")
+        check_shape("u", u, ("...",) * (u.ndim - 1) + (self.d_model,))
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         return self.dt_proj(dt), B, C
 
@@ -88,6 +93,8 @@ class SelectiveSSM(nn.Module):
         """Take in one step u (B, d_model), overwrite `state`, and return y (B, d_model). Has no gradient."""
         check_tensor("u", u)
         check_shape("u", u, ("B", self.d_model))
+        check_tensor("state", state)
+        check_shape("state", state, (u.shape[0], self.d_model, self.d_state))
         dt, B, C = self._project(u)
         u = u.to(dt.dtype)  # what autocast does to the input of a scan
         return selective_state_update(state, u, dt, self.A, B, C, _wide(self.D), dt_softplus=True)

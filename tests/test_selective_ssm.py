@@ -371,14 +371,26 @@ def test_a_copy_is_the_same_layer_with_its_own_weights():
     assert torch.equal(layer(u), expected) and not torch.allclose(other(u), expected)
 
 
-def test_compiled_in_one_graph_equals_eager():
+def test_compiled_in_one_graph_equals_eager_at_any_length():
     torch.compiler.reset()
-    layer, u = make(d_model=4), draw(2, 5, 4).requires_grad_()
+    layer = make(d_model=4)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    eager, got = layer(u, return_final_state=True), compiled(u, return_final_state=True)
-    for one, other in zip(eager, got, strict=True):
-        assert_close(other, one)
-    assert_close(gradients(layer, u, *got), gradients(layer, u, *eager))
+    for length in (5, 6):
+        u = draw(2, length, 4).requires_grad_()
+        eager, got = layer(u, return_final_state=True), compiled(u, return_final_state=True)
+        for one, other in zip(eager, got, strict=True):
+            assert_close(other, one)
+        assert_close(gradients(layer, u, *got), gradients(layer, u, *eager))
+
+
+def test_a_layer_follows_the_default_dtype():
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(f64)
+    try:
+        layer = SelectiveSSM(6, 3)
+    finally:
+        torch.set_default_dtype(default)
+    assert {x.dtype for x in layer.parameters()} == {f64} and layer(draw(2, 5, 6)).dtype == f64
 
 
 # --- bad input -----------------------------------------------------------------------------------------
@@ -392,7 +404,9 @@ BAD_INPUT = [  # the layer has d_model 6, d_state 3
     (r"u: expected shape .*6\), got \(2, 6, 1\)", ValueError, {"u": torch.zeros(2, 6, 1, dtype=f64)}),
     ("u: expected L >= 1", ValueError, {"u": torch.zeros(2, 0, 6, dtype=f64)}),
     ("u: expected B >= 1", ValueError, {"u": torch.zeros(0, 5, 6, dtype=f64)}),
-    ("u: expected a floating-point tensor, got torch.int64", TypeError, {"u": torch.zeros(2, 5, 6).long()}),
+    ("u: expected torch.float64 .*, got torch.int64", TypeError, {"u": torch.zeros(2, 5, 6).long()}),
+    ("u: expected torch.float64", TypeError, {"u": torch.zeros(2, 5, 6)}),
+    (r"u: expected device cpu \(the layer's\), got meta", ValueError, {"u": draw(2, 5, 6).to("meta")}),
     ("u: expected a real tensor", TypeError, {"u": torch.zeros(2, 5, 6, dtype=torch.complex128)}),
     ("u: expected a torch.Tensor, got ndarray", TypeError, {"u": np.zeros((2, 5, 6))}),
     (r"initial_state: expected shape \(2, 6, 3\)", ValueError, {"initial_state": torch.zeros(1, 6, 3, dtype=f64)}),
@@ -415,6 +429,9 @@ def test_bad_input_is_named(message, error, changes):
         (r"u: expected shape \(B, 6\), got \(2, 1, 6\)", ValueError, draw(2, 1, 6), draw(2, 6, 3)),
         (r"u: expected shape \(B, 6\), got \(2, 5\)", ValueError, draw(2, 5), draw(2, 6, 3)),
         ("u: expected a floating-point tensor", TypeError, torch.zeros(2, 6).int(), draw(2, 6, 3)),
+        (r"state: expected shape \(3, 6, 3\)", ValueError, draw(3, 6), draw(2, 6, 3)),
+        (r"state: expected shape \(2, 6, 3\)", ValueError, draw(2, 6), draw(2, 5, 3)),
+        (r"state: expected shape \(2, 6, 3\)", ValueError, draw(2, 6), draw(2, 6, 4)),
         ("u: expected a torch.Tensor", TypeError, None, draw(2, 6, 3)),
         ("state: expected torch.float64", TypeError, draw(2, 6), draw(2, 6, 3, dtype=torch.float32)),
         ("state: expected torch.float32 or torch.float64", TypeError, draw(2, 6), draw(2, 6, 3, dtype=torch.half)),
@@ -441,6 +458,9 @@ def test_bad_projections_are_named(u):
         ("d_model", {"d_model": 0}),
         ("d_model", {"d_model": -8}),
         ("d_model", {"d_model": 8.0}),
+        ("d_model", {"d_model": "8"}),
+        ("d_model", {"d_model": None}),
+        ("d_model", {"d_model": True}),
         ("d_state", {"d_state": 0}),
         ("d_state", {"d_state": 2.5}),
         ("d_state", {"d_state": None}),
@@ -450,6 +470,9 @@ def test_bad_projections_are_named(u):
         ("dt_min", {"dt_min": -0.1}),
         ("dt_min", {"dt_min": 0.2}),  # above dt_max
         ("dt_min", {"dt_min": float("nan")}),
+        ("dt_min", {"dt_min": "a"}),
+        ("dt_max", {"dt_max": math.inf}),
+        ("dt_init_floor", {"dt_init_floor": math.nan}),
         ("method", {"method": "cuda"}),
         ("method", {"method": None}),
     ],
