@@ -1,25 +1,45 @@
-"""The selective scan's `method="cpu"`: chapter 09's recomputing scan with the parts around it, by hand.
+"""The selective scan's `method="cpu"`: the launcher of kernels/selective_scan.c.
 
-Plain PyTorch, so it runs on every device; it never holds a (Batch, L, D, N) tensor.
+Elsewhere than on a CPU, and where there is no C compiler, minimamba.torch_scan runs instead.
 """
 
-import torch
-from torch.nn.functional import softplus
+import ctypes
+import threading
 
-from minimamba import scan_gradient
+import torch
+
+from minimamba import _compiler, torch_scan
 from minimamba._validation import document_borders
+
+STRIDE = 32  # steps from checkpoint to checkpoint, as in the C file
+WIDTH = 32  # channels of a work item, likewise
+_THREAD_PAYS_FROM = 2**15  # state updates; starting a thread takes some 50 microseconds
+
+
+_SIZES = "sequences rows channels states groups softplus B_varying C_varying"
+_ARRAYS = """borders u delta A B C D z delta_bias initial_state y final_state checkpoints grad_y grad_final_state
+    du ddelta dz dA dinitial_state dB dC dD ddelta_bias"""
+
+
+class _Scan(ctypes.Structure):
+    """The struct `Scan` of the C file, field by field."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in _SIZES.split()] + [(name, ctypes.c_void_p) for name in _ARRAYS.split()]
+    )  # fmt: skip
 
 
 def checkpoint_shape(u, A, cu_seqlens):
-    """Shape of the states kept for the backward pass: (chunks, Batch, N, D).
+    """Shape of the states kept for the backward pass: one before every 32 steps of each sequence, (rows, N, D).
 
-    None for a packed row: how many chunks its documents make depends on where they begin, so `backward`
-    runs each document's forward pass again instead.
+    Sequence s starting at flat step p owns the rows from p // 32 + s on: always enough, and known without
+    reading where the documents of a packed row begin.
     """
-    if cu_seqlens is not None:
-        return (0,)
+    if _library(u.device, A.dtype) is None:
+        return torch_scan.checkpoint_shape(u, A, cu_seqlens)
     batch, length, channels = u.shape
-    return (-(-length // scan_gradient.chunk_length(length)), batch, A.shape[1], channels)
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return (batch * length // STRIDE + sequences, A.shape[1], channels)
 
 
 def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, save):
@@ -28,23 +48,22 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delt
     Returns y (Batch, L, D), the final states (sequences, D, N) and the checkpoints that `backward` needs
     (empty unless `save`).
     """
+    library = _library(u.device, A.dtype)
+    if library is None:
+        return torch_scan.forward(
+            u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, save
+        )
+    borders = _borders(u, cu_seqlens)
     wide = A.dtype
-    step = _step_size(delta, delta_bias, delta_softplus, wide)
-    y = torch.empty(u.shape, dtype=wide, device=u.device)
-    final_states = []
-    for part, state in _sequences(u, A, initial_state, cu_seqlens):
-        if part.start < part.stop:
-            y[:, part], state, checkpoints = scan_gradient.forward_with_checkpoints(
-                u[:, part].to(wide), step[:, part], A, _part(B, part, wide), _part(C, part, wide), state
-            )
-        final_states.append(state)
-    if D is not None:
-        y += D * u
-    if z is not None:
-        y *= torch.nn.functional.silu(z.to(wide))
-    if not save or cu_seqlens is not None:
-        checkpoints = A.new_empty(0)
-    return y.to(u.dtype), torch.cat(final_states), checkpoints
+    y = u.new_empty(u.shape, dtype=wide)
+    final_state = A.new_empty(len(borders) - 1, *A.shape)
+    checkpoints = A.new_empty(checkpoint_shape(u, A, cu_seqlens) if save else 0)
+    _run(
+        library.scan_forward, u.shape, borders, delta_softplus,
+        u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state,
+        y=y, final_state=final_state, checkpoints=checkpoints if save else None,
+    )  # fmt: skip
+    return y.to(u.dtype), final_state, checkpoints
 
 
 def backward(
@@ -67,75 +86,78 @@ def backward(
 
     Those of D, z and delta_bias are None where the argument is; `grad_final_state` may be None.
     """
-    wide = A.dtype
-    step = _step_size(delta, delta_bias, delta_softplus, wide)
-    # Through the gate y = out · silu(z): `dout` reaches the scan and the skip.
-    dout = grad_y.to(wide)
-    if z is not None:
-        gate = torch.sigmoid(z.to(wide))
-        dout = dout * (z * gate)
-
-    out, du, ddelta = (torch.empty(u.shape, dtype=wide, device=u.device) for _ in range(3))
-    dA = torch.zeros_like(A)
-    dB, dC = (torch.zeros(x.shape, dtype=wide, device=u.device) for x in (B, C))
-    dinitial_states = []
-    if grad_final_state is None:
-        grad_final_state = A.new_zeros(u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, *A.shape)
-    sequences = _sequences(u, A, initial_state, cu_seqlens)
-    for (part, state), dstate in zip(sequences, grad_final_state.split(u.shape[0]), strict=True):
-        if part.start < part.stop:
-            inputs = (u[:, part].to(wide), step[:, part], A, _part(B, part, wide), _part(C, part, wide))
-            if cu_seqlens is not None:
-                checkpoints = scan_gradient.forward_with_checkpoints(*inputs, state)[2]
-            du[:, part], ddelta[:, part], dA_part, dB_part, dC_part, dstate, out[:, part] = (
-                scan_gradient.backward_from_checkpoints(dout[:, part], dstate, *inputs, checkpoints)
-            )
-            dA += dA_part
-            for total, own in ((dB, dB_part), (dC, dC_part)):
-                total_part = total if total.ndim == 2 else total[:, part]
-                total_part += own.view(total_part.shape)
-        dinitial_states.append(dstate)
-
-    dD = dz = ddelta_bias = None
-    if D is not None:
-        out += D * u
-        du += D * dout
-        dD = (dout * u).sum((0, 1))
-    if z is not None:
-        dz = (grad_y * out * gate * (1 + z * (1 - gate))).to(z.dtype)
-    if delta_softplus:
-        ddelta *= -torch.expm1(-step)  # softplus' is the sigmoid, and sigmoid(x) = 1 - exp(-softplus(x))
-    if delta_bias is not None:
-        ddelta_bias = ddelta.sum((0, 1))
+    library = _library(u.device, A.dtype)
+    if library is None:
+        return torch_scan.backward(
+            grad_y, grad_final_state, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, checkpoints,
+            delta_softplus,
+        )  # fmt: skip
+    borders = _borders(u, cu_seqlens)
+    wide, sequences, channels = A.dtype, len(borders) - 1, u.shape[2]
+    du, ddelta, dz = (None if x is None else x.new_empty(x.shape, dtype=wide) for x in (u, delta, z))
+    dA, dinitial_state = (A.new_empty(sequences, *A.shape) for _ in range(2))
+    blocks = -(-channels // _groups(B, C) // WIDTH)  # of a group; each has sums of its own over its channels
+    dB, dC = (A.new_empty(sequences, *A.shape) if x.ndim == 2 else A.new_empty(blocks, *x.shape) for x in (B, C))
+    dD, ddelta_bias = (None if x is None else A.new_empty(sequences, channels) for x in (D, delta_bias))
+    _run(
+        library.scan_backward, u.shape, borders, delta_softplus,
+        u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, checkpoints=checkpoints,
+        grad_y=grad_y, grad_final_state=grad_final_state, du=du, ddelta=ddelta, dz=dz,
+        dA=dA, dinitial_state=dinitial_state, dB=dB, dC=dC, dD=dD, ddelta_bias=ddelta_bias,
+    )  # fmt: skip
+    dB, dC, dD, ddelta_bias = (None if x is None else x.sum(0) for x in (dB, dC, dD, ddelta_bias))
+    dz = None if z is None else dz.to(z.dtype)
     return (
-        du.to(u.dtype),
-        ddelta.to(delta.dtype),
-        dA,
-        dB.to(B.dtype),
-        dC.to(C.dtype),
-        dD,
-        dz,
-        ddelta_bias,
-        torch.cat(dinitial_states),
-    )
+        du.to(u.dtype), ddelta.to(delta.dtype), dA.sum(0), dB.to(B.dtype), dC.to(C.dtype), dD, dz, ddelta_bias,
+        dinitial_state,
+    )  # fmt: skip
 
 
-def _step_size(delta, delta_bias, delta_softplus, wide):
-    step = delta.to(wide) if delta_bias is None else delta.to(wide) + delta_bias
-    return softplus(step) if delta_softplus else step
+def _library(device, dtype):
+    """The compiled kernel, or None where PyTorch has to do."""
+    if device.type != "cpu":
+        return None
+    return _compiler.load("selective_scan.c", "REAL=double" if dtype == torch.float64 else "REAL=float")
 
 
-def _sequences(u, A, initial_state, cu_seqlens):
-    """Yield (slice of steps, initial state): the whole batch at once, or one document of a packed row after another."""
-    borders = [0, u.shape[1]] if cu_seqlens is None else document_borders(cu_seqlens, u.shape[1])
-    if initial_state is None:
-        initial_state = A.new_zeros(u.shape[0] * (len(borders) - 1), *A.shape)
-    for start, stop, state in zip(borders[:-1], borders[1:], initial_state.split(u.shape[0]), strict=True):
-        yield slice(start, stop), state
+def _borders(u, cu_seqlens):
+    """Where sequences begin and end in the (Batch · L) rows of u."""
+    if cu_seqlens is not None:
+        return document_borders(cu_seqlens, u.shape[1])
+    return range(0, u.shape[0] * u.shape[1] + 1, u.shape[1])
 
 
-def _part(B, part, wide):
-    """The steps `part` of B or C as (Batch, steps, G, N); a constant one stays (D, N)."""
-    if B.ndim == 3:
-        B = B[:, :, None]
-    return (B if B.ndim == 2 else B[:, part]).to(wide)
+def _groups(B, C):
+    return max(x.shape[2] if x.ndim == 4 else 1 for x in (B, C))
+
+
+def _run(function, shape, borders, softplus, **tensors):
+    """Call the kernel on this thread and as many others as there is work for."""
+    batch, length, channels = shape
+    A, B, C = tensors["A"], tensors["B"], tensors["C"]
+    sequences, groups = len(borders) - 1, _groups(B, C)
+    borders = torch.tensor(borders, dtype=torch.int64)
+    # The kernel reads plain arrays of one dtype; tensors that are so already are not copied.
+    tensors = {k: x.to(A.dtype).contiguous() for k, x in tensors.items() if x is not None} | {"borders": borders}
+    scan = _Scan(
+        sequences=sequences, rows=batch * length, channels=channels, states=A.shape[1], groups=groups,
+        softplus=softplus, B_varying=B.ndim > 2, C_varying=C.ndim > 2,
+        **{name: x.data_ptr() for name, x in tensors.items()},
+    )  # fmt: skip
+    taken, failed = ctypes.c_int64(0), []
+
+    def work():
+        if function(ctypes.byref(scan), ctypes.byref(taken)):
+            failed.append(True)
+
+    items = sequences * groups * -(-channels // groups // WIDTH)
+    updates = batch * length * channels * A.shape[1]
+    helpers = min(torch.get_num_threads(), items, max(1, updates // _THREAD_PAYS_FROM)) - 1
+    threads = [threading.Thread(target=work) for _ in range(helpers)]
+    for thread in threads:
+        thread.start()
+    work()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise MemoryError(f"selective_scan: no memory for {A.shape[1]} states a channel")

@@ -55,7 +55,7 @@ def wheel(tmp_path_factory):
 def test_the_wheel_imports_from_a_folder_that_is_not_the_repository(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    for path in (ROOT / "kernels").glob("*.py"):
+    for path in [*(ROOT / "kernels").glob("*.py"), *(ROOT / "kernels").glob("*.c")]:
         assert (tmp_path / "site" / "minimamba" / "kernels" / path.name).is_file()
     assert (tmp_path / "site" / "minimamba" / "book.mplstyle").is_file()
     imports = "; ".join(
