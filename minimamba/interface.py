@@ -40,7 +40,8 @@ def selective_scan(
     cu_seqlens : (documents + 1,) int32 or int64, borders of the documents packed in one row: 0, ..., L.
         The batch B is then 1, each document starts afresh, and the states are (documents, D, N).
     method : "sequential", "hillis_steele", "blelloch", "chunked" (the chapters' algorithms, in PyTorch),
-        "cpu" (a fused kernel in C, or else PyTorch's fastest), "triton" (the fused kernel) or "auto" ("triton" on a GPU, else "cpu").
+        "cpu" (fused in C; without a C compiler, and on a GPU, the fastest in PyTorch), "triton" (fused for a GPU)
+        or "auto" ("triton" on a GPU, else "cpu").
 
     delta, B, C and z have u's dtype or float32; A, D, delta_bias and the states are float32. In float64 all
     are. Under autocast u, B, C and z are cast to its dtype. The state and the exponentials are never half.
