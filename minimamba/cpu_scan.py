@@ -50,9 +50,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delt
     """
     library = _library(u.device, A.dtype)
     if library is None:
-        return torch_scan.forward(
-            u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, save
-        )
+        return torch_scan.forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, save)
     borders = _borders(u, cu_seqlens)
     wide = A.dtype
     y = u.new_empty(u.shape, dtype=wide)
