@@ -4,8 +4,8 @@ One tile is BLOCK_T steps x BLOCK_D channels x BLOCK_N states, held in registers
 tiles of its channels in time and carries the state between them. Nothing of size (Batch, L, D, N) is ever
 written. A sequence is an entry of the batch, or a document of a packed row.
 
-A step with Δ = 0 changes nothing: exp(0·A) = 1 and 0·B·u = 0. So the tail of the last tile, and the
-channels and states beyond the last, are masked by Δ = 0, set after the softplus.
+A step with Δ = 0 changes nothing: exp(0·A) = 1 and 0·B·u = 0. So the tail of the last tile and the channels
+beyond the last are masked by Δ = 0, set after the softplus. States beyond the last are zeros in A, B and C.
 """
 
 import triton

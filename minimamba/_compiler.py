@@ -46,11 +46,12 @@ def load(name, *defines):
 
 def _features(compiler):
     """Return the flags for this very processor and all macros that the compiler predefines with them."""
-    for native in [(flag,) for flag in NATIVE]:
-        run = _run([*compiler, *native, "-dM", "-E", "-x", "c", os.devnull], check=False)
+    macros = ("-dM", "-E", "-x", "c", os.devnull)
+    for flag in NATIVE:
+        run = _run([*compiler, flag, *macros], check=False)
         if run.returncode == 0:
-            return native, run.stdout
-    return (), _run([*compiler, "-dM", "-E", "-x", "c", os.devnull]).stdout
+            return [flag], run.stdout
+    return [], _run([*compiler, *macros]).stdout
 
 
 def _build(command, source, library):
