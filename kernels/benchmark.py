@@ -1,25 +1,36 @@
-"""python -m minimamba.kernels.benchmark: time and memory of every scan that runs here, side by side, in one run.
+"""python -m minimamba.kernels.benchmark: time and memory of all that runs here, ours and others', in one run.
 
-Backward is the gradient of every argument, without the forward pass. Times are medians. On a GPU by
-`triton.testing.do_bench`, which empties the L2 cache before each repetition; peak memory is what one pass adds to
-its inputs. A contender that runs out of memory, or that is not built for a device, has null in its place.
+Suites: "shapes", "length" and "states" are the selective scan over shapes, lengths and state sizes; "extras" is ours
+with an initial state, packed documents and the other layout beside the plain call; "conv" is the short causal
+convolution, "step" the decoding step. On a CPU there is only "shapes". Others are measured where they are installed:
+mamba_ssm, causal_conv1d, mambapy, transformers, accelerated_scan.
+
+Backward is the gradient of every argument, without the forward pass; training is both, in one go. Times are medians,
+in milliseconds. On a GPU by `triton.testing.do_bench`, which empties the L2 cache before each repetition, and, where
+launching kernels may cost more than running them, by replay of a CUDA graph as well, which leaves the launching out;
+bytes are the peak that one pass adds to its inputs. null: did not fit into memory, or does not exist.
 """
 
 import argparse
 import datetime
+import inspect
 import json
 import os
 import platform
-import sys
+import statistics
+import subprocess
+from functools import partial
+from importlib import metadata
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
+from time import perf_counter
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.benchmark import Timer
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from minimamba import selective_scan
+import minimamba
 
 CPU_SHAPES = [(1, 1024, 1536, 16), (8, 128, 256, 16)]
 GPU_SHAPES = [
@@ -28,48 +39,27 @@ GPU_SHAPES = [
 ]  # fmt: skip
 LENGTHS = [(1, 2**i, 1536, 16) for i in range(11, 21)]
 STATES = [(8, 2048, 2048, 2**i) for i in range(0, 9, 2)]
+EXTRAS = [(1, 16384, 2048, 16)]
+CONVOLUTIONS = [  # B, L, D, W
+    (8, 2048, 4096, 4), (1, 2048, 4096, 4), (1, 16384, 4096, 4), (4, 4096, 10240, 4), (64, 256, 4096, 4),
+    (1, 128, 4096, 4), (8, 2048, 4096, 2),
+]  # fmt: skip
+STEPS = [(1, 4096, 16), (64, 4096, 16), (256, 4096, 16)]  # B, D, N
+KEYS = (
+    "forward_ms", "forward_graph_ms", "forward_bytes", "backward_ms", "backward_graph_ms", "training_ms",
+    "training_bytes",
+)  # fmt: skip
+PEERS = ("mamba_ssm", "causal_conv1d", "mambapy", "transformers", "accelerated_scan")
+
+REPETITIONS, SECONDS = 5, 1.0  # on a CPU: at least so many and so long
+PATIENCE = 1.0  # a call that takes longer is not repeated (seconds)
+GRAPH_BELOW = 5.0  # milliseconds; above, launching is no matter
 
 
-# --- contenders: from the arguments of `selective_scan` to (a call without arguments, its leaves) ------------
+# --- the selective scan: from the arguments of `selective_scan` to (a call without arguments, its leaves) ----
 
 
-def ours(method):
-    def prepare(x):
-        return lambda: selective_scan(**x, delta_softplus=True, method=method), list(x.values())
-
-    return prepare
-
-
-def official(x):
-    """The CUDA kernel of state-spaces/mamba, fed in its own layout: channels before time, contiguous."""
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
-    swap = lambda y: y.detach().transpose(1, 2).contiguous().requires_grad_()
-    x = {k: swap(y) if y.ndim == 3 else y for k, y in x.items()}
-    return lambda: selective_scan_fn(**x, delta_softplus=True), list(x.values())
-
-
-def attention(x):
-    """PyTorch's fused causal attention of the same width, with heads of 64."""
-    batch, length, channels = x["u"].shape
-    heads = [torch.randn_like(x["u"]).view(batch, length, channels // 64, 64).transpose(1, 2) for _ in range(3)]
-    heads = [y.detach().requires_grad_() for y in heads]
-    return lambda: scaled_dot_product_attention(*heads, is_causal=True), heads
-
-
-def contenders(device):
-    """Return {name: prepare} of what is installed, the quick ones first."""
-    methods = ["cpu", "chunked", "blelloch", "hillis_steele", "sequential"]
-    found = {name: ours(name) for name in (["triton"] if device == "cuda" else []) + methods}
-    if device == "cuda" and find_spec("mamba_ssm"):
-        found["mamba_ssm"] = official
-    return found | {"attention": attention}
-
-
-# --- one measurement -------------------------------------------------------------------------------------
-
-
-def draw(batch, length, channels, states, dtype, device):
+def draw_scan(batch, length, channels, states, dtype, device):
     """Arguments of `selective_scan` as a fresh layer makes them: Δ log-uniform in [1e-3, 0.1], A = -1, ..., -N."""
     generator = torch.Generator(device).manual_seed(0)
     normal = lambda *shape: torch.randn(*shape, generator=generator, device=device)
@@ -87,17 +77,260 @@ def draw(batch, length, channels, states, dtype, device):
     return {name: tensor.requires_grad_() for name, tensor in x.items()}
 
 
-def milliseconds(call, device):
-    if device == "cuda":
-        from triton.testing import do_bench
+def ours(method, **options):
+    def prepare(x):
+        call = lambda: minimamba.selective_scan(**x, delta_softplus=True, method=method, **options)
+        return call, list(x.values())
 
-        return do_bench(call, warmup=25, rep=100, return_mode="median")
-    return 1e3 * Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=1).median
+    return prepare
 
 
-def peak_bytes(call, device):
-    if device != "cuda":
+def channels_first(x):
+    """The same arguments in the layout (B, D, L), contiguous, that most other packages take."""
+    swap = lambda y: y.detach().mT.contiguous().requires_grad_()
+    return {name: swap(y) if y.ndim == 3 else y for name, y in x.items()}
+
+
+def official(x):
+    """The CUDA kernel of state-spaces/mamba, fed in its own layout."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    x = channels_first(x)
+    return lambda: selective_scan_fn(**x, delta_softplus=True), list(x.values())
+
+
+def mambapy(x):
+    """mamba.py's parallel scan with what its block does around it: discretise, project, skip, gate.
+
+    That is its method `selective_scan`, which uses nothing of the block. In float32, which its scan needs.
+    """
+    from mambapy.mamba import MambaBlock
+
+    def call():
+        u, delta, B, C, z = (x[name].float() for name in ("u", "delta", "B", "C", "z"))
+        delta = F.softplus(delta + x["delta_bias"])
+        return MambaBlock.selective_scan(None, u, delta, x["A"], B, C, x["D"]) * F.silu(z)
+
+    return call, list(x.values())
+
+
+def transformers(x):
+    """Hugging Face's slow path, fed in its own layout: what MambaMixer runs between its projections.
+
+    Since transformers 5 that is a function. It is a wrapper that would run mamba_ssm's kernel where that is
+    installed, so what it wraps is taken.
+    """
+    from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+
+    scan, x = inspect.unwrap(mamba_selective_scan), channels_first(x)
+    arguments = {("hidden_states" if name == "u" else "dt" if name == "delta" else name): y for name, y in x.items()}
+    return lambda: scan(**arguments, delta_softplus=True), list(x.values())
+
+
+def accelerated_scan(x):
+    """The Triton scan of accelerated-scan, which is h_t = a_t h_{t-1} + b_t alone: what is around it in PyTorch."""
+    from accelerated_scan.scalar import scan
+
+    x = channels_first(x)
+
+    def call():
+        u, delta, B, C, z = (x[name].float() for name in ("u", "delta", "B", "C", "z"))
+        delta = F.softplus(delta + x["delta_bias"][:, None])
+        gates = torch.exp(delta[:, :, None] * x["A"][:, :, None])  # (B, D, N, L)
+        tokens = (delta * u)[:, :, None] * B[:, None]
+        h = scan(gates.flatten(1, 2), tokens.flatten(1, 2)).view(gates.shape)
+        y = (h * C[:, None]).sum(2)
+        return (y + x["D"][:, None] * u) * F.silu(z)
+
+    return call, list(x.values())
+
+
+def attention(x):
+    """PyTorch's fused causal attention of the same width, with heads of 64; flash attention in half precision."""
+    batch, length, channels = x["u"].shape
+    heads = [torch.randn_like(x["u"]).view(batch, length, channels // 64, 64).transpose(1, 2) for _ in range(3)]
+    heads = [y.detach().requires_grad_() for y in heads]
+    return lambda: F.scaled_dot_product_attention(*heads, is_causal=True), heads
+
+
+def scans(device):
+    """Return {name: prepare} of what is installed, the quick ones first."""
+    gpu = device == "cuda"
+    found = {name: ours(name) for name in (["triton"] if gpu else []) + ["cpu", "chunked"]}
+    found |= {name: ours(name) for name in ("blelloch", "hillis_steele", "sequential")}
+    peers = {"mambapy": mambapy, "transformers": transformers}
+    if gpu:
+        peers |= {"mamba_ssm": official, "accelerated_scan": accelerated_scan}
+    return found | {name: prepare for name, prepare in peers.items() if find_spec(name)} | {"attention": attention}
+
+
+# --- our scan's extras ---------------------------------------------------------------------------------------
+
+
+def with_initial_state(x):
+    state = torch.randn(x["u"].shape[0], *x["A"].shape, device=x["A"].device, requires_grad=True)
+    return ours("triton")(x | {"initial_state": state})
+
+
+def with_documents(x):
+    """Eight documents of equal length in the row."""
+    length = x["u"].shape[1]
+    borders = torch.arange(0, length + 1, length // 8, dtype=torch.int32, device=x["u"].device)
+    return ours("triton", cu_seqlens=borders)(x)
+
+
+def with_channels_first(x):
+    """The layout (B, D, L) in memory, seen as (B, L, D)."""
+    leaves = channels_first(x)
+    view = lambda: {name: y.mT if y.ndim == 3 else y for name, y in leaves.items()}
+    return lambda: minimamba.selective_scan(**view(), delta_softplus=True, method="triton"), list(leaves.values())
+
+
+def extras(device):
+    return {
+        "plain": ours("triton"), "initial_state": with_initial_state, "documents": with_documents,
+        "channels_first": with_channels_first,
+    }  # fmt: skip
+
+
+# --- the short convolution and the decoding step --------------------------------------------------------------
+
+
+def draw_conv(batch, length, channels, width, dtype, device):
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = {"x": (batch, length, channels), "weight": (channels, width), "bias": (channels,)}
+    normal = lambda shape: torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+    return {name: normal(shape).requires_grad_() for name, shape in shapes.items()}
+
+
+def our_conv(x):
+    return lambda: minimamba.causal_conv1d(**x, activation="silu"), list(x.values())
+
+
+def our_conv_channels_first(x):
+    x = channels_first(x)
+    call = lambda: minimamba.causal_conv1d(x["x"].mT, x["weight"], x["bias"], activation="silu")
+    return call, list(x.values())
+
+
+def official_conv(x):
+    """Fed in its first layout, (B, D, L) contiguous."""
+    from causal_conv1d import causal_conv1d_fn
+
+    x = channels_first(x)
+    return lambda: causal_conv1d_fn(x["x"], x["weight"], x["bias"], activation="silu"), list(x.values())
+
+
+def official_conv_channels_last(x):
+    """Fed in its second layout, which is ours: (B, D, L) whose channels are neighbours in memory."""
+    from causal_conv1d import causal_conv1d_fn
+
+    return lambda: causal_conv1d_fn(x["x"].mT, x["weight"], x["bias"], activation="silu"), list(x.values())
+
+
+def torch_conv(x):
+    x = channels_first(x)
+
+    def call():
+        (channels, width), length = x["weight"].shape, x["x"].shape[2]
+        y = F.conv1d(x["x"], x["weight"][:, None], x["bias"], padding=width - 1, groups=channels)
+        return F.silu(y[..., :length])
+
+    return call, list(x.values())
+
+
+def convolutions(device):
+    found = {"triton": our_conv, "triton_channels_first": our_conv_channels_first, "torch": torch_conv}
+    if find_spec("causal_conv1d"):
+        found |= {"causal_conv1d": official_conv, "causal_conv1d_channels_last": official_conv_channels_last}
+    return found
+
+
+def draw_step(batch, channels, states, dtype, device):
+    """Arguments of `selective_state_update`: those of a scan of one step, and a state."""
+    x = draw_scan(batch, 1, channels, states, dtype, device)
+    x = {name: y.detach().squeeze(1) if y.ndim == 3 else y.detach() for name, y in x.items()}
+    names = {"u": "x", "delta": "dt", "delta_bias": "dt_bias"}
+    state = torch.randn(batch, channels, states, device=device)
+    return {"state": state} | {names.get(name, name): y for name, y in x.items()}
+
+
+def our_step(x):
+    return lambda: minimamba.selective_state_update(**x, dt_softplus=True), []
+
+
+def official_step(x):
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+    return lambda: selective_state_update(**x, dt_softplus=True), []
+
+
+def steps(device):
+    return {"triton": our_step} | ({"mamba_ssm": official_step} if find_spec("mamba_ssm") else {})
+
+
+# --- one measurement -----------------------------------------------------------------------------------------
+
+
+def seconds(*parts):
+    """Run functions one after another, each on what the one before returned, again and again.
+
+    Returns the median seconds of each, and of all together.
+    """
+
+    def run():
+        stamps, result = [perf_counter()], ()
+        for part in parts:
+            result = (part(*result),)
+            stamps.append(perf_counter())
+        return [b - a for a, b in pairwise(stamps)] + [stamps[-1] - stamps[0]]
+
+    first = run()  # to warm up
+    if first[-1] > PATIENCE:
+        return first
+    runs, end = [], perf_counter() + SECONDS
+    while len(runs) < REPETITIONS or perf_counter() < end:
+        runs.append(run())
+    return [statistics.median(column) for column in zip(*runs, strict=True)]
+
+
+def milliseconds(call):
+    """On a GPU, after one call that compiles what is to be compiled."""
+    from triton.testing import do_bench
+
+    call()
+    torch.cuda.synchronize()
+    begin = perf_counter()
+    call()
+    torch.cuda.synchronize()
+    once = perf_counter() - begin
+    return 1e3 * once if once > PATIENCE else do_bench(call, warmup=25, rep=100, return_mode="median")
+
+
+def graph_milliseconds(forward, backward=None):
+    """The time of a replay of `forward()`, or of `backward(y)` alone; None if it cannot be captured."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream):  # autograd goes back on the stream of the way there
+            part = forward
+            if backward is not None:
+                y = forward()
+                part = lambda: backward(y)
+            for _ in range(2):
+                part()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            kept = part()
+        time = milliseconds(graph.replay)
+        del kept
+        return time
+    except RuntimeError:
+        torch.cuda.synchronize()
         return None
+
+
+def peak_bytes(call):
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -107,52 +340,115 @@ def peak_bytes(call, device):
     return torch.cuda.max_memory_allocated() - before
 
 
-def measure(prepare, shape, dtype, device):
-    """Return {"forward_ms": ..., ...} for one contender on one shape (B, L, D, N)."""
-    call, leaves = prepare(draw(*shape, dtype, device))
+def measure(call, leaves, device):
+    """Return {"forward_ms": ..., ...}, by the names of KEYS."""
+    row = dict.fromkeys(KEYS)
+    if device == "cpu":
+        # Until a block of this size has been freed, glibc gives memory back to the system at once, and every call pays
+        # for fresh pages. In a process that trains that is long past, so it is for all that are measured here.
+        torch.empty(2**25 - 2**12, dtype=torch.uint8)
+        with torch.no_grad():
+            row["forward_ms"] = 1e3 * seconds(call)[0]
+            upstream = torch.randn_like(call())
+        _, back, both = seconds(call, lambda y: torch.autograd.grad(y, leaves, upstream))
+        return row | {"backward_ms": 1e3 * back, "training_ms": 1e3 * both}
+
     with torch.no_grad():
-        row = {"forward_ms": milliseconds(call, device), "forward_bytes": peak_bytes(call, device)}
+        row |= {"forward_ms": milliseconds(call), "forward_bytes": peak_bytes(call)}
+        if row["forward_ms"] < GRAPH_BELOW:
+            row["forward_graph_ms"] = graph_milliseconds(call)
+    if not leaves:
+        return row
     y = call()
     upstream = torch.randn_like(y)
-    row["backward_ms"] = milliseconds(lambda: torch.autograd.grad(y, leaves, upstream, retain_graph=True), device)
+    backward = lambda y: torch.autograd.grad(y, leaves, upstream, retain_graph=True)
+    row["backward_ms"] = milliseconds(partial(backward, y))
     y = None  # frees the graph: memory is measured next
-    row["training_bytes"] = peak_bytes(lambda: torch.autograd.grad(call(), leaves, upstream), device)
+    train = lambda: torch.autograd.grad(call(), leaves, upstream)
+    row |= {"training_ms": milliseconds(train), "training_bytes": peak_bytes(train)}
+    if row["forward_ms"] < GRAPH_BELOW:
+        row["backward_graph_ms"] = graph_milliseconds(call, backward)
     return row
 
 
-# --- the run ---------------------------------------------------------------------------------------------
+# --- the run -------------------------------------------------------------------------------------------------
+
+# suite: (the sizes' names, how to draw the arguments, who takes part)
+SCAN = ("BLDN", draw_scan, scans)
+SUITES = {
+    "shapes": SCAN, "length": SCAN, "states": SCAN, "extras": ("BLDN", draw_scan, extras),
+    "conv": ("BLDW", draw_conv, convolutions), "step": ("BDN", draw_step, steps),
+}  # fmt: skip
 
 
-def plan(device):
-    """Yield (suite, contender, shape, dtype)."""
-    names = list(contenders(device))
-    if device == "cpu":
-        yield from (("shapes", name, shape, torch.float32) for shape in CPU_SHAPES for name in names)
-        return
-    for i, shape in enumerate(GPU_SHAPES):
-        # The chapters' methods launch many small kernels: two shapes tell what there is to tell.
-        for name in names if i in (0, 2) else [n for n in names if n in ("triton", "mamba_ssm", "attention")]:
-            yield "shapes", name, shape, torch.bfloat16
-    yield from (("shapes", n, GPU_SHAPES[0], torch.float32) for n in names if n in ("triton", "mamba_ssm"))
-    for shape in LENGTHS:
-        quick = ["triton", "mamba_ssm"] + ["attention"] * (shape[1] <= 2**17) + ["cpu"] * (shape[1] <= 2**14)
-        yield from (("length", n, shape, torch.bfloat16) for n in names if n in quick)
-    yield from (("states", n, s, torch.bfloat16) for s in STATES for n in names if n in ("triton", "mamba_ssm"))
+def plan(device, suites):
+    """Yield (suite, method, size, dtype)."""
+    for suite in suites:
+        names = list(SUITES[suite][2](device))
+        chosen = lambda *wanted, names=names: [name for name in names if name in wanted]
+        if device == "cpu":
+            rows = [(name, size, torch.float32) for size in CPU_SHAPES for name in names]
+        elif suite == "shapes":
+            # The scans in PyTorch launch many small kernels: two shapes tell what there is to tell. The gradient of
+            # transformers' loop takes time quadratic in the length, so it gets the smaller one of them.
+            rows = []
+            for i, size in enumerate(GPU_SHAPES):
+                some = names if i == 2 else [n for n in names if n != "transformers"] if i == 0 else None
+                some = some or chosen("triton", "mamba_ssm", "attention")
+                rows += [(name, size, torch.bfloat16) for name in some]
+            rows += [(name, GPU_SHAPES[0], torch.float32) for name in chosen("triton", "mamba_ssm")]
+        elif suite == "length":
+            rows = []
+            for size in LENGTHS:
+                some = ["attention"] * (size[1] <= 2**17) + ["cpu"] * (size[1] <= 2**14)
+                rows += [(name, size, torch.bfloat16) for name in chosen("triton", "mamba_ssm", *some)]
+        elif suite == "states":
+            rows = [(name, size, torch.bfloat16) for size in STATES for name in chosen("triton", "mamba_ssm")]
+        else:
+            sizes = {"extras": EXTRAS, "conv": CONVOLUTIONS, "step": STEPS}[suite]
+            rows = [(name, size, torch.bfloat16) for size in sizes for name in names]
+        yield from ((suite, *row) for row in rows)
 
 
-def about(device):
+def about(device, suites):
+    """What the results depend on. Of the other packages those that are installed."""
     gpu = device == "cuda"
-    triton = sys.modules.get("triton")
+    versions = {name: _version(name) for name in ("torch", "triton", *PEERS)}
     return {
-        "device": torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if gpu else _processor(),
+        "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
+        "cuda": torch.version.cuda if gpu else None,
+        "compiler": None if gpu else _first_line(os.environ.get("CC") or "cc", "--version"),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": triton.__version__ if triton else None,
-        "mamba_ssm": sys.modules["mamba_ssm"].__version__ if "mamba_ssm" in sys.modules else None,
+        **{name: version for name, version in versions.items() if version},
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
-        "command": f"python -m minimamba.kernels.benchmark --device {device}",
+        "command": " ".join(["python -m minimamba.kernels.benchmark --device", device, "--suite", *suites]),
     }
+
+
+def _version(name):
+    if name == "torch":
+        return torch.__version__
+    try:
+        return metadata.version(name.replace("_", "-")) if find_spec(name) else None
+    except metadata.PackageNotFoundError:  # found, but not installed by pip
+        return "unknown"
+
+
+def _processor():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _first_line(*command):
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
 
 
 def save(path, results):
@@ -163,27 +459,37 @@ def save(path, results):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m minimamba.kernels.benchmark", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m minimamba.kernels.benchmark", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--suite", choices=list(SUITES), nargs="+", help="only these (default: all of the device)")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the results as JSON, after each row")
     options = parser.parse_args()
-    rows, prepare = [], contenders(options.device)
-    print(f"{'suite':8}{'method':14}{'B, L, D, N':>22}{'dtype':>10}{'forward ms':>12}{'backward ms':>13}{'GB':>8}")
-    for suite, name, shape, dtype in (progress := tqdm(list(plan(options.device)), unit="row")):
-        progress.set_description(f"{name} {shape}")
-        row = {"suite": suite, "method": name, **dict(zip("BLDN", shape, strict=True)), "dtype": str(dtype)[6:]}
+    device, suites = options.device, options.suite or (["shapes"] if options.device == "cpu" else list(SUITES))
+    if device == "cpu" and suites != ["shapes"]:
+        parser.error("--suite: on a CPU there is only shapes")
+
+    where = about(device, suites)
+    rows, columns = [], ("forward_ms", "backward_ms", "training_ms", "forward_graph_ms", "backward_graph_ms")
+    print(f"{'suite':8}{'method':28}{'size':>26}{'dtype':>10}", *(f"{c[:-3]:>15}" for c in columns), f"{'GB':>8}")
+    for suite, name, size, dtype in (progress := tqdm(list(plan(device, suites)), unit="row")):
+        progress.set_description(f"{suite} {name} {size}")
+        letters, draw, contenders = SUITES[suite]
+        row = {"suite": suite, "method": name, **dict(zip(letters, size, strict=True)), "dtype": str(dtype)[6:]}
         try:
-            row |= measure(prepare[name], shape, dtype, options.device)
+            row |= measure(*contenders(device)[name](draw(*size, dtype, device)), device)
         except torch.OutOfMemoryError:
-            row |= dict.fromkeys(("forward_ms", "forward_bytes", "backward_ms", "training_bytes"))
+            row |= dict.fromkeys(KEYS)
         rows.append(row)
         number = lambda key, scale=1, row=row: "-" if row[key] is None else f"{row[key] / scale:.3f}"
         progress.write(
-            f"{suite:8}{name:14}{shape!s:>22}{row['dtype']:>10}{number('forward_ms'):>12}"
-            f"{number('backward_ms'):>13}{number('training_bytes', 1e9):>8}"
+            f"{suite:8}{name:28}{', '.join(f'{k} {v}' for k, v in zip(letters, size, strict=True)):>26}"
+            f"{row['dtype']:>10} {' '.join(f'{number(c):>15}' for c in columns)} {number('training_bytes', 1e9):>8}"
         )
         if options.save:
-            save(options.save, about(options.device) | {"rows": rows})
+            save(options.save, where | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -17,8 +17,23 @@ _root = Path(__file__).resolve().parents[1]
 if not (Path(__file__).parent / "kernels").is_dir() and (_root / "kernels").is_dir():
     __path__.append(str(_root))
 
-from minimamba.interface import selective_scan, selective_scan_fn, selective_state_update  # noqa: E402
+from minimamba.interface import (  # noqa: E402
+    causal_conv1d,
+    causal_conv1d_fn,
+    causal_conv1d_update,
+    selective_scan,
+    selective_scan_fn,
+    selective_state_update,
+)
 from minimamba.selective_ssm import SelectiveSSM  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["SelectiveSSM", "selective_scan", "selective_scan_fn", "selective_state_update"]
+__all__ = [
+    "SelectiveSSM",
+    "causal_conv1d",
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
+    "selective_scan",
+    "selective_scan_fn",
+    "selective_state_update",
+]

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fPIC", "-shared")
+THREADS = "-fopenmp"  # not with every compiler (Apple's has none): the C files do without it
 NATIVE = ("-march=native", "-mcpu=native")  # all that this processor can do; which of the two depends on the kind
 
 
@@ -29,10 +30,13 @@ def load(name, *defines):
     try:
         native, features = _features(compiler)
         command = [*compiler, *FLAGS, *native, *(f"-D{define}" for define in defines)]
-        key = hashlib.sha256("\0".join([*command, features, source.read_text()]).encode()).hexdigest()[:20]
+        key = hashlib.sha256("\0".join([*command, THREADS, features, source.read_text()]).encode()).hexdigest()[:20]
         library = _cache() / f"{source.stem}-{key}.so"
         if not library.exists():
-            _build(command, source, library)
+            try:
+                _build([*command, THREADS], source, library)
+            except subprocess.CalledProcessError:
+                _build(command, source, library)
         return ctypes.CDLL(str(library))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]

@@ -6,9 +6,11 @@ validated tensors and never sees autograd. A faster scan is a new backend here, 
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minimamba import cpu_scan, fused_scan
 from minimamba._validation import document_borders
+from minimamba.triton_scan import TRITON_IS_INSTALLED
 
 BACKENDS = {"cpu": cpu_scan, "triton": fused_scan}
 
@@ -17,7 +19,11 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlen
     """Run the scan by the backend `method`. -> y, final_state; differentiable."""
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    y, final_state, _ = _forward(*tensors, cu_seqlens, delta_softplus, method, save)
+    if traced(u):
+        run = _forward
+    else:  # the call of an operator takes longer than a small scan
+        run = _Scan.apply if save else _forward_now
+    y, final_state, _ = run(*tensors, cu_seqlens, delta_softplus, method, save)
     return y, final_state
 
 
@@ -37,6 +43,10 @@ def _forward(
     method: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward_now(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, method, save)
+
+
+def _forward_now(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, method, save):
     if cu_seqlens is not None and not _capturing(u):
         document_borders(cu_seqlens, u.shape[1])  # a wrong border would read another document
     backend = BACKENDS[method]
@@ -46,7 +56,7 @@ def _forward(
 @_forward.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, method, save):
     sequences = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    checkpoint_shape = BACKENDS[method].checkpoint_shape(u, A, cu_seqlens) if save else (0,)
+    checkpoint_shape = BACKENDS[method].checkpoint_shape(u, A, B, C, cu_seqlens) if save else (0,)
     return u.new_empty(u.shape), A.new_empty(sequences, *A.shape), A.new_empty(checkpoint_shape)
 
 
@@ -132,6 +142,28 @@ def _autograd(ctx, grad_y, grad_final_state, _):
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
+class _Scan(torch.autograd.Function):
+    """The same outside torch.library."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward_now(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y, grad_final_state, _):
+        *tensors, checkpoints = ctx.saved_tensors
+        if grad_y is None:
+            grad_y = torch.zeros_like(tensors[0])
+        backend = BACKENDS[ctx.method]
+        *gradients, initial_state = backend.backward(
+            grad_y, grad_final_state, *tensors, checkpoints, ctx.delta_softplus
+        )
+        return (*gradients, None if tensors[8] is None else initial_state, None, None, None, None)
+
+
 @torch.library.custom_op("minimamba::selective_state_update", mutates_args=("state",))
 def selective_state_update(
     state: Tensor,
@@ -146,6 +178,15 @@ def selective_state_update(
     dt_softplus: bool,
 ) -> Tensor:
     """One decoding step, `state` (B, ..., N) overwritten; arguments as in `minimamba.selective_state_update`."""
+    return update_now(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+
+
+def update_now(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
+    """The same outside torch.library, whose call takes longer than the step."""
+    if state.is_cuda and TRITON_IS_INSTALLED:
+        from minimamba.kernels.selective_state_update import selective_state_update as launch
+
+        return launch(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
     wide = state.dtype
     step = dt.to(wide) if dt_bias is None else dt.to(wide) + dt_bias
     if dt_softplus:
@@ -171,6 +212,20 @@ def _per_channel(B, shape):
         B = B[:, None]
     B = B.repeat_interleave(shape[1] // B.shape[1], dim=1)  # (B, channels or heads, N)
     return B if len(shape) == 2 else B[:, :, None]
+
+
+def traced(tensor):
+    """Whether something records or replaces the operators that a call with `tensor` makes, so that it must make one."""
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def nothing_listens(tensor):
+    """Whether an operator may be bypassed: nothing traces, differentiates or wraps a call with `tensor`."""
+    return not torch.is_grad_enabled() and not traced(tensor)
 
 
 def _capturing(u):

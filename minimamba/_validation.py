@@ -165,6 +165,69 @@ def check_update_arguments(state, x, dt, A, B, C, D=None, z=None, dt_bias=None):
         groups = own
 
 
+def check_conv_arguments(
+    x, weight, bias=None, initial_state=None, cu_seqlens=None, time_last=False, state_name="initial_state"
+):
+    """Check everything `causal_conv1d` takes, or with `time_last` the (B, D, L) layout of the drop-in."""
+    check_tensor("x", x)
+    check_shape("x", x, ("B", "D", "L") if time_last else ("B", "L", "D"))
+    check_positive_sizes("x", x, "BDL" if time_last else "BLD")
+    channels = x.shape[1 if time_last else 2]
+    _check_filter(x, channels, weight, bias)
+    sequences = x.shape[0] if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, x, "x")
+    if initial_state is not None:
+        check_tensor(state_name, initial_state, dtypes=(x.dtype,), device=x.device, like=" (x's)")
+        check_shape(state_name, initial_state, (sequences, channels, weight.shape[1] - 1))
+
+
+def check_conv_update_arguments(x, conv_state, weight, bias=None):
+    """Check everything `causal_conv1d_update` takes."""
+    check_tensor("x", x)
+    check_shape("x", x, ("B", "D"))
+    check_positive_sizes("x", x, "BD")
+    _check_filter(x, x.shape[1], weight, bias)
+    check_tensor("conv_state", conv_state, dtypes=(x.dtype,), device=x.device, like=" (x's)")
+    check_shape("conv_state", conv_state, (*x.shape, "W"))
+    if conv_state.shape[2] < weight.shape[1] - 1:
+        raise ValueError(
+            f"conv_state: expected at least W - 1 = {weight.shape[1] - 1} steps, got {_show(tuple(conv_state.shape))}"
+        )
+
+
+def _check_filter(x, channels, weight, bias):
+    dtypes, _ = _dtypes_beside(x.dtype)
+    check_tensor("weight", weight, dtypes=dtypes, device=x.device, like=" (beside x)")
+    check_shape("weight", weight, (channels, "W"))
+    if not 2 <= weight.shape[1] <= 4:
+        raise ValueError(f"weight: expected a width W from 2 to 4, got {weight.shape[1]}")
+    if bias is not None:
+        check_tensor("bias", bias, dtypes=dtypes, device=x.device, like=" (beside x)")
+        check_shape("bias", bias, (channels,))
+
+
+_passed = set()
+
+
+def check_once(check, *tensors):
+    """Run `check`, unless tensors of these shapes, dtypes and devices have passed it before.
+
+    A decoding step is checked thousands of times a second, and the full check takes longer than the step.
+    """
+    key = None
+    if not torch.compiler.is_compiling():
+        try:
+            key = (check, *[None if x is None else (x.shape, x.dtype, x.device) for x in tensors])
+            if key in _passed:
+                return
+        except (AttributeError, TypeError):  # not a tensor, which the check will say
+            key = None
+    check(*tensors)
+    if key is not None:
+        if len(_passed) >= 1000:
+            _passed.clear()
+        _passed.add(key)
+
+
 def document_borders(cu_seqlens, length):
     """Return `cu_seqlens` as a list after checking its values: from 0 to `length`, never falling."""
     borders = cu_seqlens.tolist()
@@ -174,16 +237,16 @@ def document_borders(cu_seqlens, length):
     return borders
 
 
-def _check_cu_seqlens(cu_seqlens, u):
+def _check_cu_seqlens(cu_seqlens, u, name="u"):
     if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         got = cu_seqlens.dtype if isinstance(cu_seqlens, torch.Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"cu_seqlens: expected an int32 or int64 tensor, got {got}")
     if cu_seqlens.device != u.device:
-        raise ValueError(f"cu_seqlens: expected device {u.device} (u's), got {cu_seqlens.device}")
+        raise ValueError(f"cu_seqlens: expected device {u.device} ({name}'s), got {cu_seqlens.device}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"cu_seqlens: expected shape (documents + 1,), got {_show(tuple(cu_seqlens.shape))}")
     if u.shape[0] != 1:
-        raise ValueError(f"u: expected batch 1 beside cu_seqlens (documents packed in one row), got {u.shape[0]}")
+        raise ValueError(f"{name}: expected batch 1 beside cu_seqlens (documents packed in one row), got {u.shape[0]}")
     return cu_seqlens.shape[0] - 1
 
 

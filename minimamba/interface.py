@@ -1,11 +1,23 @@
-"""The public functions: the selective scan by every method, and drop-ins for the official package's."""
+"""The public functions: the selective scan and the short convolution by every method, and the official drop-ins."""
 
 import torch
 
 from minimamba import _operators, parallel_scan, sequential_scan
-from minimamba._validation import check_option, check_scan_arguments, check_update_arguments, document_borders
+from minimamba._validation import (
+    check_conv_arguments,
+    check_conv_update_arguments,
+    check_once,
+    check_option,
+    check_scan_arguments,
+    check_shape,
+    check_tensor,
+    check_update_arguments,
+    document_borders,
+)
+from minimamba.causal_conv1d import convolve, update, update_now
 from minimamba.triton_scan import TRITON_IS_INSTALLED
 
+ACTIVATIONS = (None, "silu", "swish")
 METHODS = ("auto", "sequential", "hillis_steele", "blelloch", "chunked", "cpu", "triton")
 
 
@@ -60,10 +72,10 @@ def selective_scan(
     u, delta, A, B, C, D, z, delta_bias, initial_state = _under_autocast(
         u, delta, A, B, C, D, z, delta_bias, initial_state
     )
-    check_scan_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    check_once(check_scan_arguments, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
     check_option("method", method, METHODS)
     if method == "auto":
-        method = "triton" if u.is_cuda and TRITON_IS_INSTALLED else "cpu"
+        method = _fastest(u)
     if method in _operators.BACKENDS:
         scan = _operators.selective_scan
     else:
@@ -106,8 +118,102 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
     Returns y in x's dtype and shape. Has no gradient. Errors as in `selective_scan`.
     Source: state-spaces/mamba, `mamba_ssm.ops.triton.selective_state_update`.
     """
-    check_update_arguments(state, x, dt, A, B, C, D, z, dt_bias)
+    check_once(check_update_arguments, state, x, dt, A, B, C, D, z, dt_bias)
+    if _operators.nothing_listens(state):
+        torch.autograd.graph.increment_version(state)
+        return _operators.update_now(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
     return _operators.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+
+
+def causal_conv1d(
+    x, weight, bias=None, *, activation=None, initial_state=None, return_final_state=False, cu_seqlens=None,
+    method="auto",
+):  # fmt: skip
+    """Convolve each channel with its own W taps: y_t = act(bias + Σ_k weight_k x_{t-W+1+k}), which sees no later step.
+
+    Parameters
+    ----------
+    x : (B, L, D) input; float16, bfloat16, float32 or float64. Contiguous along D or along L is equally fast.
+    weight : (D, W) taps, the last for the present step, W from 2 to 4; in x's dtype or float32.
+    bias : (D,) in x's dtype or float32, optional.
+    activation : None, or "silu" ("swish" is the same).
+    initial_state : (B, D, W - 1) steps before the first, in x's dtype; zero if None.
+    cu_seqlens : (documents + 1,) int32 or int64, borders of the documents packed in one row: 0, ..., L.
+        The batch B is then 1, each document starts afresh, and the states are (documents, D, W - 1).
+    method : "cpu" (in PyTorch, runs everywhere), "triton" (fused for a GPU) or "auto" ("triton" on a GPU, else "cpu").
+
+    Computed in float32, float64 in float64. Under autocast x is cast to its dtype, float32 weights are not.
+
+    Returns
+    -------
+    y (B, L, D) in x's dtype; with `return_final_state`, (y, final_state), the last W - 1 steps (B, D, W - 1) in x's
+    dtype. Differentiable in every tensor argument, initial_state and final_state included.
+
+    Raises
+    ------
+    TypeError, ValueError : the message begins with the name of the argument at fault.
+
+    Source: Mamba (Gu and Dao, 2023), section 3.4 and figure 3; H3 (Fu et al., 2022) for the short convolution.
+    """
+    x, weight, bias, initial_state = _conv_under_autocast(x, weight, bias, initial_state)
+    check_conv_arguments(x, weight, bias, initial_state, cu_seqlens)
+    check_option("activation", activation, ACTIVATIONS)
+    check_option("method", method, ("auto", "cpu", "triton"))
+    if method == "auto":
+        method = "triton" if x.is_cuda and TRITON_IS_INSTALLED else "cpu"
+    y, final_state = convolve(
+        x, weight, bias, initial_state, cu_seqlens, activation is not None, return_final_state, method
+    )
+    return (y, final_state) if return_final_state else y
+
+
+def causal_conv1d_fn(
+    x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, final_states_out=None,
+    activation=None,
+):  # fmt: skip
+    """The causal-conv1d package's `causal_conv1d_fn`: channels before time.
+
+    x (B, D, L); weight (D, W); bias (D,); initial_states, final_states_out (B, D, W - 1), the latter written to.
+    Returns out (B, D, L), with `return_final_states` also the last states. `seq_idx` is refused: `causal_conv1d`
+    packs documents by `cu_seqlens`. Dtypes and errors as in `causal_conv1d`.
+    Source: Dao-AILab/causal-conv1d, `causal_conv1d_interface`.
+    """
+    if seq_idx is not None:
+        raise ValueError("seq_idx: not supported; give minimamba.causal_conv1d the documents' borders as cu_seqlens")
+    check_conv_arguments(x, weight, bias, initial_states, time_last=True, state_name="initial_states")
+    if return_final_states and final_states_out is not None:
+        check_tensor("final_states_out", final_states_out, dtypes=(x.dtype,), device=x.device, like=" (x's)")
+        check_shape("final_states_out", final_states_out, (*x.shape[:2], weight.shape[1] - 1))
+    options = {"activation": activation, "initial_state": initial_states}
+    if not return_final_states:
+        return causal_conv1d(x.mT, weight, bias, **options).mT
+    y, state = causal_conv1d(x.mT, weight, bias, return_final_state=True, **options)
+    return y.mT, state if final_states_out is None else final_states_out.copy_(state)
+
+
+def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None):
+    """One step of the causal convolution: x goes in as the last column of `conv_state`, in place, the oldest falls out.
+
+    x (B, D); conv_state (B, D, W), (B, D, W - 1) or longer, in x's dtype; weight (D, W); bias (D,). Returns y (B, D) in
+    x's dtype. Has no gradient. Errors as in `causal_conv1d`.
+    Source: Dao-AILab/causal-conv1d, `causal_conv1d_interface`.
+    """
+    check_once(check_conv_update_arguments, x, conv_state, weight, bias)
+    check_option("activation", activation, ACTIVATIONS)
+    if _operators.nothing_listens(conv_state):
+        torch.autograd.graph.increment_version(conv_state)
+        return update_now(x, conv_state, weight, bias, activation is not None)
+    return update(x, conv_state, weight, bias, activation is not None)
+
+
+def _fastest(u):
+    """What method="auto" stands for: "triton" on a GPU, else "cpu", whatever the shape and the dtype.
+
+    Measured (kernels/results): each is the fastest on its device, from one step of one channel on. Where Triton or a
+    C compiler is missing, "cpu" is PyTorch: on small problems other methods are then faster, but only this one never
+    holds a (B, L, D, N) tensor.
+    """
+    return "triton" if u.is_cuda and TRITON_IS_INSTALLED else "cpu"
 
 
 def _scan_by_autograd(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, method):
@@ -170,10 +276,21 @@ def _under_autocast(u, delta, A, B, C, D, z, delta_bias, initial_state):
         return arguments
     low = torch.get_autocast_dtype(device)
 
-    def cast(x, dtype):
-        castable = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64
-        return x.to(dtype) if castable else x
-
     # delta stays as it came: it may be float32 by choice, and float32 costs the scan nothing.
     dtypes = (low, None, torch.float32, low, low, torch.float32, low, torch.float32, torch.float32)
-    return tuple(x if dtype is None else cast(x, dtype) for x, dtype in zip(arguments, dtypes, strict=True))
+    return tuple(x if dtype is None else _cast(x, dtype) for x, dtype in zip(arguments, dtypes, strict=True))
+
+
+def _conv_under_autocast(x, weight, bias, initial_state):
+    """Cast x and the state as autocast does; a filter stays as it came if it is float32, which costs nothing."""
+    device = x.device.type if isinstance(x, torch.Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return x, weight, bias, initial_state
+    low = torch.get_autocast_dtype(device)
+    filters = (w if w is None or w.dtype == torch.float32 else _cast(w, low) for w in (weight, bias))
+    return _cast(x, low), *filters, _cast(initial_state, low)
+
+
+def _cast(x, dtype):
+    castable = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64
+    return x.to(dtype) if castable else x

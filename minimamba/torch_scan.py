@@ -10,7 +10,7 @@ from minimamba import scan_gradient
 from minimamba._validation import document_borders
 
 
-def checkpoint_shape(u, A, cu_seqlens):
+def checkpoint_shape(u, A, B, C, cu_seqlens):
     """Shape of the states kept for the backward pass: (chunks, Batch, N, D).
 
     None for a packed row: how many chunks its documents make depends on where they begin, so `backward`

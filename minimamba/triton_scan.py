@@ -101,6 +101,53 @@ def require_triton(device):
         )
 
 
+_COMPILED = {}
+
+
+def launch(kernel, programs, tensors, numbers, num_warps, **constants):
+    """Launch `programs` programs of a kernel whose arguments are tensors or None, then whole numbers, then constants.
+
+    The same as kernel[(programs,)](*tensors, *numbers, **constants, num_warps=num_warps) on a GPU. Triton looks at
+    every argument at every call for what it compiles differently (a dtype, an address or a number divisible by 16, a
+    number 1). With sixty arguments that costs more time than a small kernel takes, so it is done here in one go.
+    """
+    device = torch.cuda.current_device()
+    kinds = [None if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in tensors]
+    kinds += [(n == 1, n % 16 == 0, -(2**31) <= n < 2**31) for n in numbers]
+    key = (kernel, device, num_warps, *kinds, *constants.items())
+    compiled = _COMPILED.get(key)
+    if compiled is None:
+        _COMPILED[key] = kernel[(programs,)](*tensors, *numbers, **constants, num_warps=num_warps)
+    else:
+        compiled[(programs, 1, 1)](*tensors, *numbers, *constants.values())
+
+
+class Launch:
+    """A launch whose arguments are all settled but the tensors, to be made again and again on a GPU.
+
+    Calling it with tensors is kernel[(programs,)](*tensors, *numbers, **constants, num_warps=warps). Triton looks at
+    every argument at every call for what it compiles differently. With sixty arguments that takes longer than a small
+    kernel does; here only the addresses can differ, by being divisible by 16 or not.
+    """
+
+    def __init__(self, kernel, programs, numbers, warps, **constants):
+        self.kernel, self.programs, self.numbers, self.warps, self.constants = (
+            kernel, programs, numbers, warps, constants,
+        )  # fmt: skip
+        self.rest = (*numbers, *constants.values())  # in the order of the kernel's arguments
+        self.compiled = {}
+
+    def __call__(self, *tensors):
+        aligned = tuple([x is None or x.data_ptr() % 16 == 0 for x in tensors])
+        compiled = self.compiled.get(aligned)
+        if compiled is None:
+            self.compiled[aligned] = self.kernel[(self.programs,)](
+                *tensors, *self.numbers, **self.constants, num_warps=self.warps
+            )
+        else:
+            compiled[(self.programs, 1, 1)](*tensors, *self.rest)
+
+
 def load_ipython_extension(ipython):
     """Define the cell magic %%triton (by `%load_ext minimamba.triton_scan`) for cells that run kernels.
 
@@ -153,6 +200,7 @@ def _compile_here():
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     results = []
     for job in json.load(sys.stdin):
@@ -161,8 +209,9 @@ def _compile_here():
         dtypes = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32, "fp64": tl.float64}
         constants = {k: dtypes.get(v, v) if isinstance(v, str) else v for k, v in job["constants"].items()}
         signature = job["signature"] | dict.fromkeys(constants, "constexpr")
+        source = GluonASTSource if kernel.is_gluon() else ASTSource
         compiled = compile(
-            ASTSource(kernel, {k: signature[k] for k in kernel.arg_names}, constants),
+            source(kernel, {k: signature[k] for k in kernel.arg_names}, constants),
             target=GPUTarget("cuda", job["capability"], 32),
             options={"num_warps": job["num_warps"]},
         )

@@ -1,0 +1,829 @@
+"""The fused selective scan again, for speed: every number placed by hand, in Gluon (chapter 11, section 10).
+
+kernels/selective_scan.py says what is computed; this file computes the same with four ideas more:
+
+1. Time runs in sequence inside a thread. A thread owns K states of c neighbouring channels; a warp has G threads
+   side by side for the K * G = N states of a channel. Nothing is scanned across threads.
+2. What every thread of a channel or of a state needs (Δ, Δu, B, C) is made once a tile of T steps and read by
+   all from shared memory. While one tile is computed, the next is on its way from global memory.
+3. The sum over the G threads of a channel waits for the end of a tile, where it costs one exchange for T steps.
+4. Where there are too few channels to fill the machine, a sequence is cut into pieces. A first kernel finds what
+   each piece does to the state that enters it, and the pieces then run side by side.
+
+A layout says which thread holds which element: BlockedLayout([registers], [lanes], [warps], order) by dimension.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+LOG2_E = gl.constexpr(1.4426950408889634)
+LN_2 = gl.constexpr(0.6931471805599453)
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name before Triton 3.7
+
+
+# --- layouts ---------------------------------------------------------------------------------------------
+
+
+@gluon.constexpr_function
+def state_layout(G, K, c, W):
+    """(G, K, DL, c): a thread's K states and c channels in its registers, G lanes to a channel."""
+    return gl.BlockedLayout([1, K, 1, c], [G, 1, 32 // G, 1], [1, 1, W, 1], [3, 2, 1, 0])
+
+
+@gluon.constexpr_function
+def tile_layout(T, G, channels, W, TIME_FIRST):
+    """(T, G, channels): G in registers, for the sum over it. Vectors along the axis that is contiguous in memory."""
+    each = max(1, T * channels // (32 * W))
+    if TIME_FIRST:
+        vector = min(each, 8, T)
+        lanes = min(32, T // vector)
+        return gl.BlockedLayout([vector, G, 1], [lanes, 1, 32 // lanes], [1, 1, W], [0, 1, 2])
+    vector = min(each, 8, channels)
+    lanes = min(32, channels // vector)
+    warps = min(W, max(1, T * lanes // 32))
+    return gl.BlockedLayout([1, G, vector], [32 // lanes, 1, lanes], [warps, 1, W // warps], [2, 1, 0])
+
+
+@gluon.constexpr_function
+def map_layout(T, N, W):
+    """(T, N) of B and C: vectors along the states."""
+    vector = min(max(1, T * N // (32 * W)), 8, N)
+    lanes = min(32, N // vector)
+    return gl.BlockedLayout([1, vector], [32 // lanes, lanes], [W, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def sum_layout(T, N, DL, W):
+    """(2, T, DL, N) of what is summed over DL to dB and dC: vectors along the states, the rest of a warp along DL."""
+    vector = max(min(4, N), N // 32)
+    lanes = N // vector
+    return gl.BlockedLayout(
+        [1, 1, 1, vector], [1, 1, 32 // lanes, lanes], [min(2, W), max(1, W // 2), 1, 1], [3, 2, 1, 0]
+    )  # fmt: skip
+
+
+# --- small parts -------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def softplus(x):
+    """max(x, 0) + log(1 + e), e = exp(-|x|). log(1 + e) / e is a minimax polynomial: 1.7e-7 relative for all e <= 1."""
+    e = gl.exp2(-gl.abs(x) * LOG2_E)
+    p = 0.005232688484910491
+    p = p * e - 0.029505216534071198
+    p = p * e + 0.07822591741210913
+    p = p * e - 0.13663243054635388
+    p = p * e + 0.19106005585703814
+    p = p * e - 0.24842981955212257
+    p = p * e + 0.3331909678386033
+    p = p * e - 0.49999493140271883
+    p = p * e + 0.9999999698798988
+    return gl.where(x > 0, x, 0.0) + p * e
+
+
+@gluon.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) as the square of a reciprocal root: one instruction, where a division takes nine."""
+    root = gl.rsqrt(1.0 + gl.exp2(-x * LOG2_E))
+    return root * root
+
+
+@gluon.jit
+def stack(parts, T: gl.constexpr):
+    """T tensors, T a power of two, as one with a last axis of T: a renaming of registers, no instruction."""
+    if T == 1:
+        return gl.expand_dims(parts[0], len(parts[0].shape))
+    elif T == 2:
+        return gl.join(parts[0], parts[1])
+    else:
+        pairs = ()
+        for i in gl.static_range(T // 2):
+            pairs = pairs + (gl.join(parts[i], parts[i + T // 2]),)
+        return stack(pairs, T // 2)
+
+
+@gluon.jit
+def by_lane(parts, T: gl.constexpr, G: gl.constexpr, CHANNELS: gl.constexpr):
+    """T tensors (G, DL, c) as one (T, G, channels)."""
+    return stack(parts, T).reshape([G, CHANNELS, T]).permute([2, 0, 1])
+
+
+@gluon.jit
+def sum_over_lanes(parts, T: gl.constexpr, G: gl.constexpr, CHANNELS: gl.constexpr, layout: gl.constexpr):
+    """T tensors (G, DL, c), summed over G -> (T, channels)."""
+    return gl.sum(gl.convert_layout(by_lane(parts, T, G, CHANNELS), layout), axis=1)
+
+
+@gluon.jit
+def piece_of(piece, cu_seqlens, L, sequences, piece_length, pieces, PACKED: gl.constexpr, SPLIT: gl.constexpr):
+    """Where a piece lies: its sequence, batch entry, that sequence's first step and the step after its last, the
+    piece's own first step, and the index of the sequence's first piece.
+
+    A sequence has `pieces` pieces. Documents have different lengths: the one that starts at step s of the packed row
+    owns the pieces from s // piece_length + its index on. That is always enough, and some stay empty.
+    """
+    if PACKED:
+        if SPLIT:
+            sequence = -1
+            for block in range(0, sequences, 256):
+                i = block + gl.arange(0, 256, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+                border = gl.load(cu_seqlens + i, mask=i < sequences, other=0)
+                mine = (border // piece_length + i <= piece) & (i < sequences)
+                sequence += gl.sum(mine.to(gl.int32), axis=0)
+            start = gl.load(cu_seqlens + sequence).to(gl.int64)
+            first = (start // piece_length).to(gl.int32) + sequence
+        else:
+            sequence = piece
+            start = gl.load(cu_seqlens + sequence).to(gl.int64)
+            first = piece
+        stop = gl.load(cu_seqlens + sequence + 1).to(gl.int64)
+        sequence = gl.to_tensor(sequence).to(gl.int64)
+        batch = sequence * 0
+    else:
+        sequence = (piece // pieces).to(gl.int64)
+        batch = sequence
+        start = batch * 0
+        stop = batch * 0 + L
+        first = piece // pieces * pieces
+    begin = start + (piece - first).to(gl.int64) * piece_length
+    return sequence, batch, start, stop, begin, first
+
+
+# --- forward -----------------------------------------------------------------------------------------------
+
+
+# Holds: K states of c channels a thread, T steps of c * 32 / G * W channels a program.
+# Reads: u, delta, z once; B and C once per program of a sequence. Writes: y, the final state, and for the backward
+# pass the state before every EVERY steps. With LOCAL it is the first kernel for pieces: it starts each but the last of
+# a sequence from zero, and writes the state at its end and the sum of its steps.
+@gluon.jit
+def selective_scan_forward_kernel(
+    u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens,
+    y, final_state, checkpoints, piece_states, piece_steps,
+    L, channels, states, group_size, blocks_per_group, sequences, piece_length, pieces,
+    u_b, u_t, u_d, delta_b, delta_t, delta_d, z_b, z_t, z_d, y_b, y_t, y_d,
+    B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n,
+    HAS_D: gl.constexpr, HAS_Z: gl.constexpr, HAS_BIAS: gl.constexpr, SOFTPLUS: gl.constexpr,
+    HAS_INITIAL_STATE: gl.constexpr, PACKED: gl.constexpr, SPLIT: gl.constexpr, LOCAL: gl.constexpr,
+    SAVE: gl.constexpr, EVERY: gl.constexpr, TIME_FIRST: gl.constexpr,
+    T: gl.constexpr, G: gl.constexpr, K: gl.constexpr, c: gl.constexpr, W: gl.constexpr,
+):  # fmt: skip
+    """One program: c * 32 / G * W channels of one group, for one piece of a sequence."""
+    N: gl.constexpr = G * K
+    DL: gl.constexpr = 32 // G * W
+    CHANNELS: gl.constexpr = DL * c
+    STATE: gl.constexpr = state_layout(G, K, c, W)
+    CHANNEL: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, STATE))  # (DL, c)
+    MAP: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, STATE))  # (G, K)
+    LANES: gl.constexpr = tile_layout(T, G, CHANNELS, W, TIME_FIRST)
+    TILE: gl.constexpr = gl.SliceLayout(1, LANES)  # (T, channels)
+    MAPS: gl.constexpr = map_layout(T, N, W)  # (T, N)
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+
+    blocks = blocks_per_group * (channels // group_size)
+    piece = gl.program_id(0) // blocks
+    block = gl.program_id(0) % blocks
+    group = (block // blocks_per_group).to(gl.int64)
+    first_channel = (block % blocks_per_group) * CHANNELS
+    sequence, batch, start, stop, begin, first_piece = piece_of(
+        piece, cu_seqlens, L, sequences, piece_length, pieces, PACKED, SPLIT
+    )
+    last = begin + piece_length >= stop
+    end = gl.minimum(begin + piece_length, stop)
+    if LOCAL:
+        end = gl.where(last, begin, end)  # nobody asks for the state behind the last piece
+
+    # Where this thread's states and channels lie.
+    g = gl.arange(0, G, layout=gl.SliceLayout(1, MAP))
+    k = gl.arange(0, K, layout=gl.SliceLayout(0, MAP))
+    n = (g[:, None] * K + k[None, :])[:, :, None][:, :, :, None]
+    dl = gl.arange(0, DL, layout=gl.SliceLayout(1, CHANNEL))
+    i = gl.arange(0, c, layout=gl.SliceLayout(0, CHANNEL))
+    d_row = first_channel + dl[:, None] * c + i[None, :]
+    mask_row = d_row < group_size
+    d_row = d_row + group * group_size
+    d = d_row[None, :, :][:, None, :, :]
+    mask_state = (n < states) & mask_row[None, :, :][:, None, :, :]
+    by_channel = d * states + n  # in (D, N), of A and the states that a user sees
+    by_state = n * channels + d  # in (N, D), of what is kept between kernels: neighbours lie side by side
+    A_tile = gl.load(A + by_channel, mask=mask_state, other=0.0) * LOG2_E
+    h = gl.zeros([G, K, DL, c], gl.float32, STATE)
+    if not LOCAL:
+        if HAS_INITIAL_STATE:
+            h = gl.load(initial_state + sequence * channels * states + by_channel, mask=mask_state, other=0.0)
+        if SPLIT:
+            for earlier in range(first_piece, piece):
+                where = gl.to_tensor(earlier).to(gl.int64) * channels
+                step = gl.load(piece_steps + where + d_row, mask=mask_row, other=0.0)
+                local = gl.load(piece_states + where * states + by_state, mask=mask_state, other=0.0)
+                h = gl.exp2(step[None, :, :][:, None, :, :] * A_tile) * h + local
+
+    # Where the numbers of a tile lie.
+    t = gl.arange(0, T, layout=gl.SliceLayout(1, TILE))
+    d = first_channel + gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, TILE))
+    mask_d = d < group_size
+    d = d + group * group_size
+    t_map = gl.arange(0, T, layout=gl.SliceLayout(1, MAPS))
+    n_map = gl.arange(0, N, layout=gl.SliceLayout(0, MAPS))
+    mask_n = n_map < states
+    u_at = t[:, None].to(gl.int64) * u_t + d[None, :] * u_d
+    delta_at = t[:, None].to(gl.int64) * delta_t + d[None, :] * delta_d
+    B_at = t_map[:, None].to(gl.int64) * B_t + n_map[None, :] * B_n
+    u += batch * u_b + begin * u_t
+    delta += batch * delta_b + begin * delta_t
+    B += batch * B_b + group * B_g + begin * B_t
+    if HAS_BIAS:
+        bias = gl.load(delta_bias + d, mask=mask_d, other=0.0)
+    if not LOCAL:
+        y_at = t[:, None].to(gl.int64) * y_t + d[None, :] * y_d
+        C_at = t_map[:, None].to(gl.int64) * C_t + n_map[None, :] * C_n
+        y += batch * y_b + begin * y_t
+        C += batch * C_b + group * C_g + begin * C_t
+        if HAS_D:
+            D_row = gl.load(D + d, mask=mask_d, other=0.0)
+        if HAS_Z:
+            z_at = t[:, None].to(gl.int64) * z_t + d[None, :] * z_d
+            z += batch * z_b + begin * z_t
+
+    step_shared = gl.allocate_shared_memory(gl.float32, [T, CHANNELS], PLAIN)
+    x_shared = gl.allocate_shared_memory(gl.float32, [T, CHANNELS], PLAIN)
+    B_shared = gl.allocate_shared_memory(gl.float32, [T, N], PLAIN)
+    step_rows = step_shared._reinterpret(gl.float32, [T, DL, c], PLAIN)
+    x_rows = x_shared._reinterpret(gl.float32, [T, DL, c], PLAIN)
+    B_rows = B_shared._reinterpret(gl.float32, [T, G, K], PLAIN)
+    if LOCAL:
+        steps = gl.zeros([T, CHANNELS], gl.float32, TILE)
+    else:
+        C_shared = gl.allocate_shared_memory(gl.float32, [T, N], PLAIN)
+        C_rows = C_shared._reinterpret(gl.float32, [T, G, K], PLAIN)
+
+    # The first tile.
+    length = gl.maximum(end - begin, 0).to(gl.int32)
+    mask = (t < length)[:, None] & mask_d[None, :]
+    mask_map = (t_map < length)[:, None] & mask_n[None, :]
+    u_next = gl.load(u + u_at, mask=mask, other=0.0)
+    delta_next = gl.load(delta + delta_at, mask=mask, other=0.0)
+    B_next = gl.load(B + B_at, mask=mask_map, other=0.0)
+    if not LOCAL:
+        C_next = gl.load(C + C_at, mask=mask_map, other=0.0)
+        if HAS_Z:
+            z_next = gl.load(z + z_at, mask=mask, other=0.0)
+    checkpoint = (batch * L + start) // EVERY + sequence + (begin - start) // EVERY
+
+    for tile in range(gl.cdiv(length, T)):
+        if SAVE:
+            keep = mask_state & (tile % (EVERY // T) == 0)
+            where = (checkpoint + tile // (EVERY // T)) * channels * states
+            gl.store(checkpoints + where + by_state, h, mask=keep)
+
+        # Discretise, each number once, for all the threads that need it.
+        u_tile = u_next.to(gl.float32)
+        step = delta_next.to(gl.float32)
+        if HAS_BIAS:
+            step += bias[None, :]
+        if SOFTPLUS:
+            step = softplus(step)
+        step = gl.where(mask, step, 0.0)  # a step of zero changes nothing: so the tail is masked
+        step_shared.store(step)
+        x_shared.store(step * u_tile)
+        B_shared.store(B_next.to(gl.float32))
+        if LOCAL:
+            steps += step
+        else:
+            C_shared.store(C_next.to(gl.float32))
+            if HAS_Z:
+                z_tile = z_next.to(gl.float32)
+        mask_now = mask
+
+        # The next tile sets off.
+        u += T * u_t
+        delta += T * delta_t
+        B += T * B_t
+        left = length - (tile + 1) * T
+        mask = (t < left)[:, None] & mask_d[None, :]
+        mask_map = (t_map < left)[:, None] & mask_n[None, :]
+        u_next = gl.load(u + u_at, mask=mask, other=0.0)
+        delta_next = gl.load(delta + delta_at, mask=mask, other=0.0)
+        B_next = gl.load(B + B_at, mask=mask_map, other=0.0)
+        if not LOCAL:
+            C += T * C_t
+            C_next = gl.load(C + C_at, mask=mask_map, other=0.0)
+            if HAS_Z:
+                z += T * z_t
+                z_next = gl.load(z + z_at, mask=mask, other=0.0)
+
+        # Scan: h = Ā h + B̄ u, and this thread's part of C h.
+        out_parts = ()
+        for s in gl.static_range(T):
+            step_s = step_rows.index(s).load(CHANNEL)[None, :, :][:, None, :, :]
+            x_s = x_rows.index(s).load(CHANNEL)[None, :, :][:, None, :, :]
+            B_s = B_rows.index(s).load(MAP)[:, :, None][:, :, :, None]
+            h = gl.exp2(step_s * A_tile) * h + x_s * B_s
+            if not LOCAL:
+                C_s = C_rows.index(s).load(MAP)[:, :, None][:, :, :, None]
+                out_parts = out_parts + (gl.sum(h * C_s, axis=1),)
+
+        # Project, skip, gate.
+        if not LOCAL:
+            out = sum_over_lanes(out_parts, T, G, CHANNELS, LANES)
+            if HAS_D:
+                out += D_row[None, :] * u_tile
+            if HAS_Z:
+                out *= z_tile * sigmoid(z_tile)
+            gl.store(y + y_at, out.to(y.dtype.element_ty), mask=mask_now)
+            y += T * y_t
+
+    if LOCAL:
+        piece_at = piece.to(gl.int64) * channels
+        gl.store(piece_states + piece_at * states + by_state, h, mask=mask_state)
+        gl.store(piece_steps + piece_at + d, gl.sum(steps, axis=0), mask=mask_d)
+    else:
+        owner = last & ((begin < stop) | (piece == first_piece))
+        gl.store(final_state + sequence * channels * states + by_channel, h, mask=mask_state & owner)
+
+
+# --- backward ----------------------------------------------------------------------------------------------
+
+
+# The first kernel for pieces, backwards: what reaches the state before a piece of the gradients of its own outputs.
+# Writes p = A_bar_t g_t at its first step, when nothing comes in behind it, and the sum of its steps.
+@gluon.jit
+def selective_scan_adjoint_kernel(
+    delta, A, C, z, delta_bias, cu_seqlens, grad_y, piece_adjoints, piece_steps,
+    L, channels, states, group_size, blocks_per_group, sequences, piece_length, pieces,
+    delta_b, delta_t, delta_d, z_b, z_t, z_d, grad_y_b, grad_y_t, grad_y_d, C_b, C_t, C_g, C_n,
+    HAS_Z: gl.constexpr, HAS_BIAS: gl.constexpr, SOFTPLUS: gl.constexpr, PACKED: gl.constexpr,
+    TIME_FIRST: gl.constexpr,
+    T: gl.constexpr, G: gl.constexpr, K: gl.constexpr, c: gl.constexpr, W: gl.constexpr,
+):  # fmt: skip
+    """One program: c * 32 / G * W channels of one group, for one piece of a sequence."""
+    N: gl.constexpr = G * K
+    DL: gl.constexpr = 32 // G * W
+    CHANNELS: gl.constexpr = DL * c
+    STATE: gl.constexpr = state_layout(G, K, c, W)
+    CHANNEL: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, STATE))
+    MAP: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, STATE))
+    TILE: gl.constexpr = gl.SliceLayout(1, tile_layout(T, G, CHANNELS, W, TIME_FIRST))
+    MAPS: gl.constexpr = map_layout(T, N, W)
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+
+    blocks = blocks_per_group * (channels // group_size)
+    piece = gl.program_id(0) // blocks
+    block = gl.program_id(0) % blocks
+    group = (block // blocks_per_group).to(gl.int64)
+    first_channel = (block % blocks_per_group) * CHANNELS
+    _sequence, batch, _start, stop, begin, first_piece = piece_of(
+        piece, cu_seqlens, L, sequences, piece_length, pieces, PACKED, True
+    )
+    end = gl.minimum(begin + piece_length, stop)
+    end = gl.where(piece == first_piece, begin, end)  # nobody asks what reaches the state before the first piece
+
+    g = gl.arange(0, G, layout=gl.SliceLayout(1, MAP))
+    k = gl.arange(0, K, layout=gl.SliceLayout(0, MAP))
+    n = (g[:, None] * K + k[None, :])[:, :, None][:, :, :, None]
+    dl = gl.arange(0, DL, layout=gl.SliceLayout(1, CHANNEL))
+    i = gl.arange(0, c, layout=gl.SliceLayout(0, CHANNEL))
+    d = (first_channel + dl[:, None] * c + i[None, :])[None, :, :][:, None, :, :]
+    mask_state = (n < states) & (d < group_size)
+    d = d + group * group_size
+    A_tile = gl.load(A + d * states + n, mask=mask_state, other=0.0) * LOG2_E
+    by_state = n * channels + d
+
+    t = gl.arange(0, T, layout=gl.SliceLayout(1, TILE))
+    d = first_channel + gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, TILE))
+    mask_d = d < group_size
+    d = d + group * group_size
+    t_map = gl.arange(0, T, layout=gl.SliceLayout(1, MAPS))
+    n_map = gl.arange(0, N, layout=gl.SliceLayout(0, MAPS))
+    mask_n = n_map < states
+    length = gl.maximum(end - begin, 0).to(gl.int32)
+    tiles = gl.cdiv(length, T)
+    first_step = begin + (tiles - 1) * T  # of the last tile
+    delta_at = t[:, None].to(gl.int64) * delta_t + d[None, :] * delta_d
+    grad_y_at = t[:, None].to(gl.int64) * grad_y_t + d[None, :] * grad_y_d
+    C_at = t_map[:, None].to(gl.int64) * C_t + n_map[None, :] * C_n
+    delta += batch * delta_b + first_step * delta_t
+    grad_y += batch * grad_y_b + first_step * grad_y_t
+    C += batch * C_b + group * C_g + first_step * C_t
+    if HAS_BIAS:
+        bias = gl.load(delta_bias + d, mask=mask_d, other=0.0)
+    if HAS_Z:
+        z_at = t[:, None].to(gl.int64) * z_t + d[None, :] * z_d
+        z += batch * z_b + first_step * z_t
+
+    step_shared = gl.allocate_shared_memory(gl.float32, [T, CHANNELS], PLAIN)
+    dy_shared = gl.allocate_shared_memory(gl.float32, [T, CHANNELS], PLAIN)
+    C_shared = gl.allocate_shared_memory(gl.float32, [T, N], PLAIN)
+    step_rows = step_shared._reinterpret(gl.float32, [T, DL, c], PLAIN)
+    dy_rows = dy_shared._reinterpret(gl.float32, [T, DL, c], PLAIN)
+    C_rows = C_shared._reinterpret(gl.float32, [T, G, K], PLAIN)
+
+    left = length - (tiles - 1) * T  # steps of the tile at hand: all T but for the last tile
+    mask = (t < left)[:, None] & mask_d[None, :] & (tiles > 0)
+    mask_map = (t_map < left)[:, None] & mask_n[None, :] & (tiles > 0)
+    delta_next = gl.load(delta + delta_at, mask=mask, other=0.0)
+    dy_next = gl.load(grad_y + grad_y_at, mask=mask, other=0.0)
+    C_next = gl.load(C + C_at, mask=mask_map, other=0.0)
+    if HAS_Z:
+        z_next = gl.load(z + z_at, mask=mask, other=0.0)
+    steps = gl.zeros([T, CHANNELS], gl.float32, TILE)
+    p = gl.zeros([G, K, DL, c], gl.float32, STATE)
+    for tile in range(tiles):
+        step = delta_next.to(gl.float32)
+        if HAS_BIAS:
+            step += bias[None, :]
+        if SOFTPLUS:
+            step = softplus(step)
+        step = gl.where(mask, step, 0.0)
+        dy = dy_next.to(gl.float32)
+        if HAS_Z:
+            z_tile = z_next.to(gl.float32)
+            dy *= z_tile * sigmoid(z_tile)
+        steps += step
+        step_shared.store(step)
+        dy_shared.store(dy)
+        C_shared.store(C_next.to(gl.float32))
+
+        more = tile + 1 < tiles
+        delta -= T * delta_t
+        grad_y -= T * grad_y_t
+        C -= T * C_t
+        mask = (t < T)[:, None] & mask_d[None, :] & more
+        mask_map = (t_map < T)[:, None] & mask_n[None, :] & more
+        delta_next = gl.load(delta + delta_at, mask=mask, other=0.0)
+        dy_next = gl.load(grad_y + grad_y_at, mask=mask, other=0.0)
+        C_next = gl.load(C + C_at, mask=mask_map, other=0.0)
+        if HAS_Z:
+            z -= T * z_t
+            z_next = gl.load(z + z_at, mask=mask, other=0.0)
+
+        for back in gl.static_range(T):
+            step_s = step_rows.index(T - 1 - back).load(CHANNEL)[None, :, :][:, None, :, :]
+            dy_s = dy_rows.index(T - 1 - back).load(CHANNEL)[None, :, :][:, None, :, :]
+            C_s = C_rows.index(T - 1 - back).load(MAP)[:, :, None][:, :, :, None]
+            p = gl.exp2(step_s * A_tile) * (dy_s * C_s + p)
+
+    piece_at = piece.to(gl.int64) * channels
+    gl.store(piece_adjoints + piece_at * states + by_state, p, mask=mask_state)
+    gl.store(piece_steps + piece_at + d, gl.sum(steps, axis=0), mask=mask_d)
+
+
+# Holds: the states of one tile of T steps and its decays in registers, the state before every tile of EVERY steps in
+# shared memory. Per EVERY steps: forward from the checkpoint, keeping the state before each tile; then the tiles from
+# last to first, each forward once more, keeping all T states, and backward through them.
+# Reads: the forward's inputs twice (z, C, dy once), the checkpoints. Writes: du, ddelta, dz; dB and dC once per
+# program, which adds up its channels first: no atomics, the same bits each run.
+@gluon.jit
+def selective_scan_backward_kernel(
+    u, delta, A, B, C, D, z, delta_bias, cu_seqlens, checkpoints, grad_y, grad_final_state,
+    piece_adjoints, piece_steps, du, ddelta, dA, dBC, dD, dz, ddelta_bias, dinitial_state,
+    L, channels, states, group_size, blocks_per_group, programs_per_group, batch_size,
+    sequences, piece_length, pieces,
+    u_b, u_t, u_d, delta_b, delta_t, delta_d, z_b, z_t, z_d, grad_y_b, grad_y_t, grad_y_d,
+    B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n,
+    du_b, du_t, du_d, ddelta_b, ddelta_t, ddelta_d, dz_b, dz_t, dz_d,
+    HAS_D: gl.constexpr, HAS_Z: gl.constexpr, HAS_BIAS: gl.constexpr, SOFTPLUS: gl.constexpr, PACKED: gl.constexpr,
+    HAS_GRAD_FINAL_STATE: gl.constexpr, SPLIT: gl.constexpr,
+    EVERY: gl.constexpr, TIME_FIRST: gl.constexpr,
+    T: gl.constexpr, G: gl.constexpr, K: gl.constexpr, c: gl.constexpr, W: gl.constexpr,
+):  # fmt: skip
+    """One program: every programs_per_group-th block of channels of one group, for one piece of a sequence.
+
+    dB and dC are (programs_per_group, Batch, L, G, N), and every program fills its slice; dA is (pieces, D, N), dD and
+    ddelta_bias (pieces, D). The caller sums over the first axis.
+    """
+    N: gl.constexpr = G * K
+    DL: gl.constexpr = 32 // G * W
+    CHANNELS: gl.constexpr = DL * c
+    TILES: gl.constexpr = EVERY // T
+    STATE: gl.constexpr = state_layout(G, K, c, W)
+    CHANNEL: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, STATE))
+    MAP: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, STATE))
+    LANES: gl.constexpr = tile_layout(T, G, CHANNELS, W, TIME_FIRST)
+    TILE: gl.constexpr = gl.SliceLayout(1, LANES)
+    MAPS: gl.constexpr = map_layout(T, N, W)
+    SUMS: gl.constexpr = sum_layout(T, N, DL, W)
+    SUM: gl.constexpr = gl.SliceLayout(2, SUMS)  # (2, T, N)
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+
+    # The G rows of a channel go to different banks of shared memory: each is shifted by what a warp writes to one.
+    CUBE: gl.constexpr = gl.SwizzledSharedLayout(32 // G * c, 1, min(G, W), [2, 1, 0])
+    ROWS: gl.constexpr = gl.SwizzledSharedLayout(min(4, N), max(1, 32 // N), max(1, min(8, N // 4)), [3, 2, 1, 0])
+    START: gl.constexpr = gl.BlockedLayout([K, 1, c], [1, G, 32 // G], [1, 1, W], [2, 1, 0])
+
+    groups = channels // group_size
+    programs = programs_per_group * groups
+    piece = gl.program_id(0) // programs
+    group = (gl.program_id(0) % programs // programs_per_group).to(gl.int64)
+    program = gl.program_id(0) % programs_per_group
+    sequence, batch, start, stop, begin, first_piece = piece_of(
+        piece, cu_seqlens, L, sequences, piece_length, pieces, PACKED, SPLIT
+    )
+    end = gl.minimum(begin + piece_length, stop)
+    length = gl.maximum(end - begin, 0).to(gl.int32)
+    first_checkpoint = (batch * L + start) // EVERY + sequence + (begin - start) // EVERY
+    tiles = gl.cdiv(length, T)
+    chunks = gl.cdiv(length, EVERY)
+
+    g = gl.arange(0, G, layout=gl.SliceLayout(1, MAP))
+    k = gl.arange(0, K, layout=gl.SliceLayout(0, MAP))
+    n = (g[:, None] * K + k[None, :])[:, :, None][:, :, :, None]
+    dl = gl.arange(0, DL, layout=gl.SliceLayout(1, CHANNEL))
+    i = gl.arange(0, c, layout=gl.SliceLayout(0, CHANNEL))
+    t = gl.arange(0, T, layout=gl.SliceLayout(1, TILE))
+    t_map = gl.arange(0, T, layout=gl.SliceLayout(1, MAPS))
+    n_map = gl.arange(0, N, layout=gl.SliceLayout(0, MAPS))
+    mask_n = n_map < states
+    which = gl.arange(0, 2, layout=gl.SliceLayout(1, gl.SliceLayout(2, SUM)))[:, None][:, :, None]
+    t_sum = gl.arange(0, T, layout=gl.SliceLayout(0, gl.SliceLayout(2, SUM)))[None, :][:, :, None]
+    n_sum = gl.arange(0, N, layout=gl.SliceLayout(0, gl.SliceLayout(1, SUM)))[None, :][:, None, :]
+
+    u += batch * u_b + begin * u_t
+    delta += batch * delta_b + begin * delta_t
+    grad_y += batch * grad_y_b + begin * grad_y_t
+    B += batch * B_b + group * B_g + begin * B_t
+    C += batch * C_b + group * C_g + begin * C_t
+    du += batch * du_b + begin * du_t
+    ddelta += batch * ddelta_b + begin * ddelta_t
+    if HAS_Z:
+        z += batch * z_b + begin * z_t
+        dz += batch * dz_b + begin * dz_t
+    step_stride = (groups * states).to(gl.int64)
+    slice_size = batch_size * L * step_stride
+    dBC += program * slice_size + (batch * L + begin) * step_stride + group * states
+    B_at = t_map[:, None].to(gl.int64) * B_t + n_map[None, :] * B_n
+    C_at = t_map[:, None].to(gl.int64) * C_t + n_map[None, :] * C_n
+    sum_at = which * (programs_per_group * slice_size) + t_sum * step_stride + n_sum
+
+    step_shared = gl.allocate_shared_memory(gl.float32, [T, CHANNELS], PLAIN)
+    x_shared = gl.allocate_shared_memory(gl.float32, [T, CHANNELS], PLAIN)
+    dy_shared = gl.allocate_shared_memory(gl.float32, [T, CHANNELS], PLAIN)
+    B_shared = gl.allocate_shared_memory(gl.float32, [T, N], PLAIN)
+    C_shared = gl.allocate_shared_memory(gl.float32, [T, N], PLAIN)
+    starts = gl.allocate_shared_memory(gl.float32, [TILES, K, G, CHANNELS], CUBE)
+    A_shared = gl.allocate_shared_memory(gl.float32, [T, G, CHANNELS], CUBE)
+    B_shared_ = gl.allocate_shared_memory(gl.float32, [T, G, CHANNELS], CUBE)
+    out_shared = gl.allocate_shared_memory(gl.float32, [T, G, CHANNELS], CUBE)
+    map_shared = gl.allocate_shared_memory(gl.float32, [2, T, DL, N], ROWS)
+    step_rows = step_shared._reinterpret(gl.float32, [T, DL, c], PLAIN)
+    x_rows = x_shared._reinterpret(gl.float32, [T, DL, c], PLAIN)
+    dy_rows = dy_shared._reinterpret(gl.float32, [T, DL, c], PLAIN)
+    B_rows = B_shared._reinterpret(gl.float32, [T, G, K], PLAIN)
+    C_rows = C_shared._reinterpret(gl.float32, [T, G, K], PLAIN)
+
+    for block in range(program, blocks_per_group, programs_per_group):
+        # Where this thread's states and channels lie.
+        first_channel = block * CHANNELS
+        d_row = first_channel + dl[:, None] * c + i[None, :]
+        mask_row = d_row < group_size
+        d_row = d_row + group * group_size
+        d = d_row[None, :, :][:, None, :, :]
+        mask_state = (n < states) & mask_row[None, :, :][:, None, :, :]
+        by_channel = d * states + n
+        by_state = n * channels + d
+        A_tile = gl.load(A + by_channel, mask=mask_state, other=0.0) * LOG2_E
+
+        # The adjoint that enters from behind: p = A_bar_{t+1} g_{t+1}.
+        p = gl.zeros([G, K, DL, c], gl.float32, STATE)
+        if HAS_GRAD_FINAL_STATE:
+            where = sequence * channels * states
+            p = gl.load(grad_final_state + where + by_channel, mask=mask_state, other=0.0)
+        if SPLIT:
+            behind = ((stop - begin - 1) // piece_length).to(gl.int32)  # pieces of this sequence after this one
+            for j in range(behind):
+                later = (piece + behind - j).to(gl.int64)
+                step = gl.load(piece_steps + later * channels + d_row, mask=mask_row, other=0.0)
+                local = gl.load(piece_adjoints + later * channels * states + by_state, mask=mask_state, other=0.0)
+                p = gl.exp2(step[None, :, :][:, None, :, :] * A_tile) * p + local
+
+        # Where the numbers of a tile lie.
+        d = first_channel + gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, TILE))
+        mask_d = d < group_size
+        d = d + group * group_size
+        u_at = t[:, None].to(gl.int64) * u_t + d[None, :] * u_d
+        delta_at = t[:, None].to(gl.int64) * delta_t + d[None, :] * delta_d
+        grad_y_at = t[:, None].to(gl.int64) * grad_y_t + d[None, :] * grad_y_d
+        du_at = t[:, None].to(gl.int64) * du_t + d[None, :] * du_d
+        ddelta_at = t[:, None].to(gl.int64) * ddelta_t + d[None, :] * ddelta_d
+        if HAS_Z:
+            z_at = t[:, None].to(gl.int64) * z_t + d[None, :] * z_d
+            dz_at = t[:, None].to(gl.int64) * dz_t + d[None, :] * dz_d
+        if HAS_D:
+            D_row = gl.load(D + d, mask=mask_d, other=0.0)
+            dD_sum = gl.zeros([T, CHANNELS], gl.float32, TILE)
+        if HAS_BIAS:
+            bias = gl.load(delta_bias + d, mask=mask_d, other=0.0)
+            dbias_sum = gl.zeros([T, CHANNELS], gl.float32, TILE)
+        dA_sum = gl.zeros([G, K, DL, c], gl.float32, STATE)
+
+        for j in range(chunks):
+            chunk = chunks - 1 - j
+            first = chunk * TILES
+            count = gl.minimum(tiles - first, TILES)  # tiles of this chunk
+            final = first + count - 1
+            where = (first_checkpoint + chunk) * channels * states
+            h = gl.load(checkpoints + where + by_state, mask=mask_state, other=0.0)
+
+            # Of the chunk's first tile what the way forward needs, of its last what the way back needs beyond that.
+            at = first.to(gl.int64) * T
+            left = length - first * T
+            mask = (t < left)[:, None] & mask_d[None, :]
+            mask_map = (t_map < left)[:, None] & mask_n[None, :]
+            u_next = gl.load(u + at * u_t + u_at, mask=mask, other=0.0)
+            delta_next = gl.load(delta + at * delta_t + delta_at, mask=mask, other=0.0)
+            B_next = gl.load(B + at * B_t + B_at, mask=mask_map, other=0.0)
+            at = final.to(gl.int64) * T
+            left = length - final * T
+            mask_last = (t < left)[:, None] & mask_d[None, :]
+            mask_map = (t_map < left)[:, None] & mask_n[None, :]
+            dy_next = gl.load(grad_y + at * grad_y_t + grad_y_at, mask=mask_last, other=0.0)
+            C_next = gl.load(C + at * C_t + C_at, mask=mask_map, other=0.0)
+            if HAS_Z:
+                z_next = gl.load(z + at * z_t + z_at, mask=mask_last, other=0.0)
+
+            # Forward, keeping the state before each tile.
+            starts.index(0).store(h.permute([1, 0, 2, 3]).reshape([K, G, CHANNELS]))
+            for tile in range(first, final):
+                step = delta_next.to(gl.float32)
+                if HAS_BIAS:
+                    step += bias[None, :]
+                if SOFTPLUS:
+                    step = softplus(step)
+                step = gl.where(mask, step, 0.0)
+                step_shared.store(step)
+                x_shared.store(step * u_next.to(gl.float32))
+                B_shared.store(B_next.to(gl.float32))
+
+                at = gl.to_tensor(tile + 1).to(gl.int64) * T
+                left = length - (tile + 1) * T
+                mask = (t < left)[:, None] & mask_d[None, :]
+                mask_map = (t_map < left)[:, None] & mask_n[None, :]
+                u_next = gl.load(u + at * u_t + u_at, mask=mask, other=0.0)
+                delta_next = gl.load(delta + at * delta_t + delta_at, mask=mask, other=0.0)
+                B_next = gl.load(B + at * B_t + B_at, mask=mask_map, other=0.0)
+
+                for s in gl.static_range(T):
+                    step_s = step_rows.index(s).load(CHANNEL)[None, :, :][:, None, :, :]
+                    x_s = x_rows.index(s).load(CHANNEL)[None, :, :][:, None, :, :]
+                    B_s = B_rows.index(s).load(MAP)[:, :, None][:, :, :, None]
+                    h = gl.exp2(step_s * A_tile) * h + x_s * B_s
+                starts.index(tile + 1 - first).store(h.permute([1, 0, 2, 3]).reshape([K, G, CHANNELS]))
+
+            for m in range(count):
+                tile = final - m
+                at = tile.to(gl.int64) * T
+                mask_now = mask
+                mask_sum = (t_sum < length - tile * T) & (n_sum < states)
+
+                # Discretise; the gate's own gradient needs y before the gate, and waits for it.
+                u_tile = u_next.to(gl.float32)
+                raw = delta_next.to(gl.float32)
+                if HAS_BIAS:
+                    raw += bias[None, :]
+                step = raw
+                if SOFTPLUS:
+                    step = softplus(raw)
+                step = gl.where(mask_now, step, 0.0)
+                dy = dy_next.to(gl.float32)
+                if HAS_Z:
+                    z_tile = z_next.to(gl.float32)
+                    gate = sigmoid(z_tile)
+                    dgate = dy * gate * (1.0 + z_tile * (1.0 - gate))
+                    dy *= z_tile * gate
+                step_shared.store(step)
+                x_shared.store(step * u_tile)
+                dy_shared.store(dy)
+                B_shared.store(B_next.to(gl.float32))
+                C_shared.store(C_next.to(gl.float32))
+
+                # The tile before sets off.
+                more = m + 1 < count
+                mask = (t < T)[:, None] & mask_d[None, :] & more
+                mask_map = (t_map < T)[:, None] & mask_n[None, :] & more
+                before = at - T
+                u_next = gl.load(u + before * u_t + u_at, mask=mask, other=0.0)
+                delta_next = gl.load(delta + before * delta_t + delta_at, mask=mask, other=0.0)
+                dy_next = gl.load(grad_y + before * grad_y_t + grad_y_at, mask=mask, other=0.0)
+                B_next = gl.load(B + before * B_t + B_at, mask=mask_map, other=0.0)
+                C_next = gl.load(C + before * C_t + C_at, mask=mask_map, other=0.0)
+                if HAS_Z:
+                    z_next = gl.load(z + before * z_t + z_at, mask=mask, other=0.0)
+
+                # Forward through the tile, keeping every state and decay.
+                h = starts.index(tile - first).load(START).reshape([K, G, DL, c]).permute([1, 0, 2, 3])
+                h = gl.convert_layout(h, STATE)
+                decays = ()
+                hs = (h,)
+                out_parts = ()
+                for s in gl.static_range(T):
+                    step_s = step_rows.index(s).load(CHANNEL)[None, :, :][:, None, :, :]
+                    x_s = x_rows.index(s).load(CHANNEL)[None, :, :][:, None, :, :]
+                    B_s = B_rows.index(s).load(MAP)[:, :, None][:, :, :, None]
+                    A_bar = gl.exp2(step_s * A_tile)
+                    h = A_bar * h + x_s * B_s
+                    decays = decays + (A_bar,)
+                    hs = hs + (h,)
+                    if HAS_Z:
+                        C_s = C_rows.index(s).load(MAP)[:, :, None][:, :, :, None]
+                        out_parts = out_parts + (gl.sum(h * C_s, axis=1),)
+
+                # Backward: g_t = C_t dy_t + p, p = A_bar_t g_t (chapter 09). p h_{t-1} feeds dΔ and dA.
+                A_parts, B_parts, dB_parts, dC_parts = (), (), (), ()
+                for back in gl.static_range(T):
+                    step_s = step_rows.index(T - 1 - back).load(CHANNEL)[None, :, :][:, None, :, :]
+                    x_s = x_rows.index(T - 1 - back).load(CHANNEL)[None, :, :][:, None, :, :]
+                    dy_s = dy_rows.index(T - 1 - back).load(CHANNEL)[None, :, :][:, None, :, :]
+                    B_s = B_rows.index(T - 1 - back).load(MAP)[:, :, None][:, :, :, None]
+                    C_s = C_rows.index(T - 1 - back).load(MAP)[:, :, None][:, :, :, None]
+                    g_s = dy_s * C_s + p
+                    p = decays[T - 1 - back] * g_s
+                    p_h = p * hs[T - 1 - back]
+                    dA_sum += p_h * step_s
+                    A_parts = (gl.sum(p_h * A_tile, axis=1),) + A_parts
+                    B_parts = (gl.sum(g_s * B_s, axis=1),) + B_parts
+                    dB_parts = (gl.sum(g_s * x_s, axis=3),) + dB_parts
+                    dC_parts = (gl.sum(hs[T - back] * dy_s, axis=3),) + dC_parts
+                # Sums over the G threads of a channel, and over the channels of this program for dB and dC.
+                A_shared.store(by_lane(A_parts, T, G, CHANNELS))
+                B_shared_.store(by_lane(B_parts, T, G, CHANNELS))
+                if HAS_Z:
+                    out_shared.store(by_lane(out_parts, T, G, CHANNELS))
+                maps = gl.join(stack(dB_parts, T), stack(dC_parts, T)).reshape([N, DL, T, 2])
+                map_shared.store(maps.permute([3, 2, 1, 0]))
+                through_A = gl.sum(A_shared.load(LANES), axis=1)
+                through_B = gl.sum(B_shared_.load(LANES), axis=1)
+                if HAS_Z:
+                    out = gl.sum(out_shared.load(LANES), axis=1)
+                    if HAS_D:
+                        out += D_row[None, :] * u_tile
+                    gl.store(dz + at * dz_t + dz_at, (dgate * out).to(dz.dtype.element_ty), mask=mask_now)
+                du_tile = through_B * step
+                ddelta_tile = through_A * LN_2 + through_B * u_tile
+                if HAS_D:
+                    du_tile += D_row[None, :] * dy
+                    dD_sum += dy * u_tile
+                if SOFTPLUS:
+                    ddelta_tile *= sigmoid(raw)
+                if HAS_BIAS:
+                    dbias_sum += gl.where(mask_now, ddelta_tile, 0.0)
+                gl.store(du + at * du_t + du_at, du_tile.to(du.dtype.element_ty), mask=mask_now)
+                gl.store(
+                    ddelta + at * ddelta_t + ddelta_at, ddelta_tile.to(ddelta.dtype.element_ty), mask=mask_now
+                )  # fmt: skip
+
+                sums = gl.sum(map_shared.load(SUMS), axis=2)
+                at_sum = dBC + at * step_stride + sum_at
+                # This program's first block of channels writes, the others add.
+                sums += gl.load(at_sum, mask=mask_sum & (block != program), other=0.0)
+                gl.store(at_sum, sums, mask=mask_sum)
+
+        where = piece.to(gl.int64) * channels
+        gl.store(dA + where * states + by_channel, dA_sum, mask=mask_state)
+        if HAS_D:
+            gl.store(dD + where + d, gl.sum(dD_sum, axis=0), mask=mask_d)
+        if HAS_BIAS:
+            gl.store(ddelta_bias + where + d, gl.sum(dbias_sum, axis=0), mask=mask_d)
+        where = sequence * channels * states
+        gl.store(dinitial_state + where + by_channel, p, mask=mask_state & (piece == first_piece))
+        barrier()  # the next block reads sums that other threads of this program wrote
+
+
+# Holds: BLOCK sums. Reads the partial sums once, writes the sums: dB, dC of the programs that shared the channels, dA,
+# dD and ddelta_bias of the pieces.
+@gluon.jit
+def sum_partials_kernel(
+    part_dBC, part_dA, part_dD, part_dbias, dB, dC, dA, dD, dbias,
+    programs, pieces, B_size, C_size, A_size, D_size, bias_size,
+    HAS_D: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK: gl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK numbers of one of the five gradients, always added in the same order."""
+    block = gl.program_id(0).to(gl.int64)
+    B_blocks = gl.cdiv(B_size, BLOCK)
+    C_blocks = gl.cdiv(C_size, BLOCK)
+    A_blocks = gl.cdiv(A_size, BLOCK)
+    D_blocks = gl.cdiv(D_size, BLOCK)
+    if block < B_blocks:
+        sum_rows(part_dBC, dB, programs, block, B_size, BLOCK)
+    elif block < B_blocks + C_blocks:
+        sum_rows(part_dBC + programs * B_size.to(gl.int64), dC, programs, block - B_blocks, C_size, BLOCK)
+    elif block < B_blocks + C_blocks + A_blocks:
+        sum_rows(part_dA, dA, pieces, block - B_blocks - C_blocks, A_size, BLOCK)
+    else:
+        block -= B_blocks + C_blocks + A_blocks
+        if HAS_D:
+            if block < D_blocks:
+                sum_rows(part_dD, dD, pieces, block, D_size, BLOCK)
+        if HAS_BIAS:
+            if block >= D_blocks:
+                sum_rows(part_dbias, dbias, pieces, block - D_blocks, bias_size, BLOCK)
+
+
+@gluon.jit
+def sum_rows(part, out, rows, block, size, BLOCK: gl.constexpr):
+    i = block * BLOCK + gl.arange(0, BLOCK, layout=gl.BlockedLayout([4], [32], [4], [0]))
+    mask = i < size
+    total = gl.zeros([BLOCK], gl.float32, gl.BlockedLayout([4], [32], [4], [0]))
+    for _row in range(rows):
+        total += gl.load(part + i, mask=mask, other=0.0)
+        part += size
+    gl.store(out + i, total.to(out.dtype.element_ty), mask=mask)

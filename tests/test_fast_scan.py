@@ -1,0 +1,195 @@
+"""The fast kernels, run in the interpreter by gluon_interpreter: shapes, options, pieces, their plan, compilation."""
+
+import sys
+
+import gluon_interpreter
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import make, relative_error
+from test_fused_scan import signature
+
+import minimamba.kernels
+from minimamba import fast_scan, selective_scan, triton_scan
+from minimamba.triton_scan import compile_kernels
+
+NAME = "minimamba.kernels.selective_scan_fast"
+H100 = (132, 232_448)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    path = f"{minimamba.kernels.__path__[0]}/selective_scan_fast.py"
+    return gluon_interpreter.load(path, tmp_path_factory.mktemp("gluon"))
+
+
+@pytest.fixture
+def fast(kernels, monkeypatch):
+    """Send method="triton" to the fast kernels, as on a machine with `fast(multiprocessors)`: many make many pieces."""
+    monkeypatch.setitem(sys.modules, NAME, kernels)
+    monkeypatch.setattr(minimamba.kernels, "selective_scan_fast", kernels, raising=False)
+    monkeypatch.setattr(fast_scan, "serves", lambda *arguments: True)
+
+    def call(launch, *tensors):
+        launch.kernel[(launch.programs,)](*tensors, *launch.numbers, **launch.constants)
+
+    monkeypatch.setattr(triton_scan.Launch, "__call__", call)
+
+    def machine(multiprocessors):
+        monkeypatch.setattr(fast_scan, "_machine", lambda device: (multiprocessors, H100[1]))
+        for cached in (fast_scan._forward_launches, fast_scan._backward_launches):
+            cached.cache_clear()
+
+    machine(1)
+    yield machine
+    machine(1)
+
+
+def check(problem, tolerance=3e-6):
+    y, state = problem.run(selective_scan, method="triton")
+    expected_y, expected_state = problem.expected()
+    assert relative_error(y, expected_y) < tolerance
+    assert relative_error(state, expected_state) < tolerance
+    expected = problem.to(torch.float64).gradients(selective_scan, method="cpu")
+    for name, gradient in problem.gradients(selective_scan, method="triton").items():
+        assert gradient.shape == expected[name].shape
+        assert relative_error(gradient, expected[name]) < tolerance, name
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 1000])
+def test_equals_the_oracle(fast, multiprocessors):
+    fast(multiprocessors)
+
+    @settings(deadline=None, max_examples=5)
+    @given(st.data())
+    def draw_and_check(data):
+        groups = data.draw(st.integers(1, 2))
+        flag = st.booleans()
+        problem = make(
+            batch=data.draw(st.integers(1, 2)),
+            length=data.draw(st.sampled_from([1, 3, 63, 64, 65, 130])),
+            channels=groups * data.draw(st.integers(1, 3)),
+            states=data.draw(st.sampled_from([1, 2, 3, 5])),
+            groups=groups,
+            B="grouped",
+            C="grouped",
+            D=data.draw(flag),
+            z=data.draw(flag),
+            delta_bias=data.draw(flag),
+            delta_softplus=data.draw(flag),
+            initial_state=data.draw(flag),
+            documents=data.draw(st.sampled_from([None, 1, 4])),
+            layout=data.draw(st.sampled_from(["transposed", "poisoned", "expanded"])),
+            seed=data.draw(st.integers(0, 99)),
+        )
+        check(problem.to(torch.float32))
+
+    draw_and_check()
+
+
+@pytest.mark.parametrize(("channels", "states"), [(70, 16), (3, 130), (2, 256)])
+def test_channels_and_states_around_a_tile(fast, channels, states):
+    check(make(batch=1, length=20, channels=channels, states=states, layout="poisoned").to(torch.float32))
+
+
+def test_documents_of_every_length_in_pieces(fast):
+    fast(1000)
+    problem = make(batch=1, length=300, channels=2, states=2, documents=5, layout="poisoned")
+    borders = torch.tensor([0, 0, 64, 65, 65, 300])  # empty, one piece, one step, empty, four pieces
+    problem = type(problem)(problem.tensors, True, borders, problem.cotangents)
+    cut, _ = fast_scan._forward_launches(
+        fast_scan._kinds(*(problem.tensors[n] for n in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")),
+                         None, borders),
+        torch.device("cpu"), True, False,
+    )  # fmt: skip
+    assert cut.split and cut.pieces == 300 // 64 + 5
+    check(problem.to(torch.float32))
+
+
+def test_several_blocks_add_to_one_slice(fast):
+    problem = make(batch=1, length=9, channels=40, states=16, groups=1)
+    assert fast_scan.programs_per_group(40, 3, 16) == 1  # one program for three blocks of channels
+    real = fast_scan.plan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast_scan, "plan", lambda *a: (real(*a)[0]._replace(warps=1), None))
+        check(problem.to(torch.float32))
+
+
+def test_precision_of_tiny_and_huge_steps(fast):
+    problem = make(batch=1, length=8, delta_bias=False, initial_state=False).to(torch.float32)
+    problem.tensors["delta"].fill_(-20.0)  # softplus(-20) = 2.06e-9
+    problem.tensors["D"].zero_()
+    assert relative_error(problem.run(selective_scan, method="triton")[0], problem.expected()[0]) < 1e-5
+    problem = make(batch=1, length=8, delta_bias=False, delta_softplus=False).to(torch.float32)
+    problem.tensors["delta"][0, ::2], problem.tensors["delta"][0, 1::2] = 1e-8, 1e3
+    check(problem, 1e-5)
+    problem.tensors["u"][0, 5, 1] = torch.nan
+    y, state = problem.run(selective_scan, method="triton")
+    assert y[0, 5:, 1].isnan().all() and state[0, 1].isnan().all()
+    assert y[0, :5].isfinite().all() and y[0, :, 0].isfinite().all()
+
+
+# --- the plan ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@given(st.integers(1, 64), st.integers(1, 2**20), st.integers(1, 6000), st.integers(1, 256))
+def test_a_plan_covers_everything(backward, sequences, length, group_size, states):
+    tile, piece = fast_scan.plan(sequences, length, group_size, states, backward, *H100)
+    assert tile.lanes * tile.states >= states and tile.lanes * tile.states < 2 * states
+    assert tile.warps == 1 or tile.block < 2 * group_size
+    assert tile.block <= 512 or tile.warps == 1
+    assert piece is None or (piece % fast_scan.EVERY == 0 and 0 < piece < length)
+
+
+def test_few_channels_are_cut_into_pieces_and_many_are_not():
+    assert fast_scan.plan(1, 2**16, 1536, 16, False, *H100)[1] is not None
+    assert fast_scan.plan(8, 2048, 2048, 16, False, *H100)[1] is None
+    assert fast_scan.plan(8, 2048, 2048, 16, True, *H100)[1] is None
+
+
+def test_a_launch_compiles_once_for_each_alignment():
+    calls = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: calls.append((grid, arguments, constants)) or self
+
+    launch = triton_scan.Launch(Kernel(), 7, (2, 3), 4, FLAG=True)
+    x = torch.zeros(16)
+    launch(x, None)
+    launch(x, None)
+    launch(x[1:], None)
+    assert [len(launch.compiled), len(calls)] == [2, 3]
+    assert calls[0] == ((7,), (x, None, 2, 3), {"FLAG": True, "num_warps": 4})
+    assert calls[1] == ((7, 1, 1), (x, None, 2, 3, True), {})
+
+
+# --- without a GPU, every variant compiles -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_for_a_gpu(kernels, capability):
+    shared = {80: 101_376, 90: H100[1]}[capability]
+    jobs = []
+    for name, backward in (
+        ("selective_scan_forward_kernel", False), ("selective_scan_adjoint_kernel", True),
+        ("selective_scan_backward_kernel", True), ("sum_partials_kernel", True),
+    ):  # fmt: skip
+        names = getattr(kernels, name).arg_names
+        constants = {n for n in names if n.isupper() and len(n) > 1} | {"T", "G", "K", "c", "W"}
+        for half, flag, states in (("bf16", True, 16), ("fp32", False, 100)):
+            tile = fast_scan.plan(1, 1000, 512, states, backward, 132, shared)[0]
+            values = dict(zip("TGKcW", tile, strict=True)) | {"EVERY": 64, "BLOCK": 512, "LOCAL": False}
+            values = {n: values.get(n, flag) for n in names if n in constants}
+            types = signature([n for n in names if n not in values], half, "fp32")
+            types |= {n: "i32" for n in types if n in ("sequences", "piece_length", "pieces", "programs")}
+            types |= {n: "i32" for n in types if n.endswith("_size")}
+            job = {"kernel": (NAME, name), "signature": types, "constants": values, "capability": capability}
+            jobs.append(job | {"num_warps": 4 if name == "sum_partials_kernel" else tile.warps})
+    for made, asked in zip(compile_kernels(jobs), jobs, strict=True):
+        assert f".target sm_{asked['capability']}" in made["ptx"]
+        assert made["shared"] <= shared
+        if asked["kernel"][1] == "selective_scan_forward_kernel":
+            assert made["stack"] == 0
