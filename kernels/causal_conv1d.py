@@ -1,9 +1,10 @@
 """Depthwise causal convolution: pre_t = bias + Σ_k w_k x_{t-W+1+k}, y = silu(pre) or pre. Forward, backward, one step.
 
-A program owns BLOCK_D channels of one chunk of a sequence, cut in SEGMENTS runs of time. A thread walks down a
-run, STEPS rows at a time: those loads are independent, so their latency is paid once, and the W - 1 rows before
-them are still in registers, so each x is loaded once. Everything is bound by memory; arithmetic hides behind it.
-A sequence is an entry of the batch, or a document of a packed row. Its state is the W - 1 rows before it.
+A program owns BLOCK_D channels of one chunk of a sequence, in SEGMENTS runs of STEPS rows or more. A thread loads
+STEPS rows of its run at a time: independent loads, so their latency is paid once. The W - 1 rows before them come
+from a cache, since the neighbouring run loads them at the same time (forward), or are still in registers (backward).
+Everything is bound by memory; arithmetic hides behind it. A sequence is an entry of the batch, or a document of a
+packed row. Its state is the W - 1 rows before it.
 
 Which axis lies along the lanes of a warp is the caller's choice, TIME_LAST: channels, (SEGMENTS, BLOCK_D) tiles
 whose rows are loaded one by one; or time, (BLOCK_D, SEGMENTS) tiles whose STEPS rows are one vector a thread.
@@ -24,7 +25,7 @@ def sigmoid(x):
 
 
 @triton.jit
-def locate(program, cu_seqlens, sequences, L, chunk, PACKED: tl.constexpr):
+def locate(program, cu_seqlens, sequences, L, chunk, chunks, PACKED: tl.constexpr):
     """Return a program's batch entry, sequence, chunk of the sequence, and where the sequence starts and stops.
 
     Packed, document s owns the programs from start_s // chunk + s on. That is enough for its steps, at least one
@@ -42,16 +43,14 @@ def locate(program, cu_seqlens, sequences, L, chunk, PACKED: tl.constexpr):
         stop = tl.load(cu_seqlens + low + 1).to(tl.int64)
         return program * 0, low, program - (start // chunk + low), start, stop
     else:
-        chunks = tl.cdiv(L, chunk)
         sequence = program // chunks
-        return sequence, sequence, program % chunks, 0, L
+        return sequence, sequence, program - sequence * chunks, 0, L
 
 
 @triton.jit
-def rounds_of(steps, iterations, SEGMENTS: tl.constexpr, PACKED: tl.constexpr, TIME_LAST: tl.constexpr):
-    """How many rounds of STEPS rows a program has to do: fewer than `iterations` where a short document ends."""
+def rounds_of(steps, iterations, each, PACKED: tl.constexpr):
+    """How many rounds of `each` steps a program has to do: fewer than `iterations` where a short document ends."""
     if PACKED:
-        each = STEPS * (SEGMENTS if TIME_LAST else 1)
         return tl.minimum(tl.cdiv(tl.maximum(steps, 0), each), iterations)
     else:
         return iterations
@@ -84,30 +83,56 @@ def load_weight(
 
 
 @triton.jit
-def load_rows(x, t, stop, d, mask_d, x_t, x_d, TIME_LAST: tl.constexpr, DTYPE: tl.constexpr):
-    """Rows t, ..., t + STEPS - 1 as a tuple of tiles; zero from `stop` on."""
+def steps_until(stop, t):
+    """stop - t, between 0 and STEPS: masks are cheaper in int32, and the difference may not fit."""
+    return tl.maximum(tl.minimum(stop - t, STEPS), 0).to(tl.int32)
+
+
+@triton.jit
+def load_rows(x, t, stop, d, mask_d, x_t, x_d, TIME_LAST: tl.constexpr):
+    """Rows t, ..., t + STEPS - 1 as they lie in memory, zero from `stop` on: a tuple of tiles, or of one tile."""
+    left = steps_until(stop, t)
+    x += t * x_t + d * x_d
     if TIME_LAST:
-        steps = t[:, :, None] + tl.arange(0, STEPS)[None, None, :]
-        tile = tl.load(x + steps * x_t + d[:, :, None] * x_d, mask=(steps < stop) & mask_d[:, :, None], other=0.0)
-        return unpack(tile.to(DTYPE))
+        j = tl.arange(0, STEPS)[None, None, :]
+        mask = (j < left[:, :, None]) & mask_d[:, :, None]
+        return (tl.load(x[:, :, None] + j.to(tl.int64) * x_t, mask=mask, other=0.0),)
     else:
         rows = ()
         for j in tl.static_range(STEPS):
-            row = tl.load(x + (t + j) * x_t + d * x_d, mask=(t + j < stop) & mask_d, other=0.0)
-            rows = rows + (row.to(DTYPE),)
+            rows = rows + (tl.load(x, mask=(j < left) & mask_d, other=0.0),)
+            x += x_t
         return rows
 
 
 @triton.jit
-def store_rows(y, rows, t, first, stop, d, mask_d, y_t, y_d, TIME_LAST: tl.constexpr):
-    """Store what of rows t, ..., t + STEPS - 1 lies from `first` to before `stop`; with time last all lie behind it."""
+def as_rows(loaded, TIME_LAST: tl.constexpr, DTYPE: tl.constexpr):
+    """What `load_rows` loaded, as a tuple of STEPS tiles to compute with."""
     if TIME_LAST:
-        steps = t[:, :, None] + tl.arange(0, STEPS)[None, None, :]
-        tile = pack(rows).to(y.dtype.element_ty)
-        tl.store(y + steps * y_t + d[:, :, None] * y_d, tile, mask=(steps < stop) & mask_d[:, :, None])
+        return unpack(loaded[0].to(DTYPE))
+    else:
+        rows = ()
+        for j in tl.static_range(STEPS):
+            rows = rows + (loaded[j].to(DTYPE),)
+        return rows
+
+
+@triton.jit
+def store_rows(y, rows, t, first, stop, d, mask_d, y_t, y_d, MAY_PRECEDE: tl.constexpr, TIME_LAST: tl.constexpr):
+    """Store what of rows t, ..., t + STEPS - 1 lies before `stop`, and not before `first` where they MAY_PRECEDE it."""
+    left = steps_until(stop, t)
+    y += t * y_t + d * y_d
+    if TIME_LAST:
+        j = tl.arange(0, STEPS)[None, None, :]
+        mask = (j < left[:, :, None]) & mask_d[:, :, None]
+        tl.store(y[:, :, None] + j.to(tl.int64) * y_t, pack(rows).to(y.dtype.element_ty), mask=mask)
     else:
         for j in tl.static_range(STEPS):
-            store_row(y, rows[j], t + j, first, stop, d, mask_d, y_t, y_d)
+            mask = (j < left) & mask_d
+            if MAY_PRECEDE:
+                mask &= t + j >= first
+            tl.store(y, rows[j].to(y.dtype.element_ty), mask=mask)
+            y += y_t
 
 
 @triton.jit
@@ -150,15 +175,20 @@ def load_few(
     x, state, t, start, stop, d, mask_d, x_t, x_d, state_d, state_w,
     WIDTH: tl.constexpr, HAS_STATE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Rows t, ..., t + W - 2 as a tuple; zero outside the sequence, but for the initial state before its start."""
+    """Rows t, ..., t + W - 2 as a tuple; zero outside the sequence, but for the initial state before its start.
+
+    t is no further than W - 1 steps before the start.
+    """
+    before = steps_until(start, t)
+    left = steps_until(stop, t)
+    x += t * x_t + d * x_d
     rows = ()
     for j in tl.static_range(WIDTH - 1):
-        inside = (t + j >= start) & (t + j < stop) & mask_d
-        row = tl.load(x + (t + j) * x_t + d * x_d, mask=inside, other=0.0).to(DTYPE)
+        row = tl.load(x, mask=(j >= before) & (j < left) & mask_d, other=0.0).to(DTYPE)
+        x += x_t
         if HAS_STATE:
-            slot = t + j - start + (WIDTH - 1)
-            before = (slot >= 0) & (t + j < start) & mask_d
-            row += tl.load(state + slot * state_w + d * state_d, mask=before, other=0.0).to(DTYPE)
+            slot = (WIDTH - 1 + j - before).to(tl.int64)
+            row += tl.load(state + slot * state_w + d * state_d, mask=(j < before) & mask_d, other=0.0).to(DTYPE)
         rows = rows + (row,)
     return rows
 
@@ -177,51 +207,51 @@ def convolve(rows, j: tl.constexpr, taps, offset, WIDTH: tl.constexpr):
 @triton.jit
 def causal_conv1d_forward_kernel(
     x, weight, bias, initial_state, cu_seqlens, y, final_state,
-    L, channels, sequences, blocks, iterations,
+    L, channels, sequences, chunks, iterations,
     x_b, x_t, x_d, y_b, y_t, y_d, weight_d, weight_w, state_b, state_d, state_w,
     WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL_STATE: tl.constexpr,
     WANT_FINAL_STATE: tl.constexpr, PACKED: tl.constexpr, TIME_LAST: tl.constexpr, DTYPE: tl.constexpr,
-    SEGMENTS: tl.constexpr, BLOCK_D: tl.constexpr,
+    SEGMENTS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_D channels, SEGMENTS * STEPS * iterations steps of one sequence."""
-    program = (tl.program_id(0) // blocks).to(tl.int64)  # int64: offsets pass 2^31 in large tensors
+    program = (tl.program_id(0) // BLOCKS).to(tl.int64)  # int64: offsets pass 2^31 in large tensors
     chunk = SEGMENTS * STEPS * iterations
-    batch, sequence, index, start, stop = locate(program, cu_seqlens, sequences, L, chunk, PACKED)
-    d, segment = axes(tl.program_id(0) % blocks, BLOCK_D, SEGMENTS, TIME_LAST)
+    batch, sequence, index, start, stop = locate(program, cu_seqlens, sequences, L, chunk, chunks, PACKED)
+    d, segment = axes(tl.program_id(0) % BLOCKS, BLOCK_D, SEGMENTS, TIME_LAST)
     mask_d = d < channels
     begin = start + index * chunk
     x += batch * x_b
     y += batch * y_b
     if HAS_INITIAL_STATE:
         initial_state += sequence * state_b
+    # The first round's rows are asked for before the taps are used, so that all travel together, and after them:
+    # Triton computes in the layout of what is loaded last. In a round the segments are neighbours: the rows that two
+    # of them read are read at the same time, and leave memory once.
     taps, offset = load_weight(weight, bias, d, mask_d, weight_d, weight_w, WIDTH, HAS_BIAS, DTYPE)
-
-    first = begin + segment * (STEPS * iterations)
-    if not TIME_LAST:
-        window = load_few(
-            x, initial_state, first - (WIDTH - 1), start, stop, d, mask_d, x_t, x_d, state_d, state_w,
-            WIDTH, HAS_INITIAL_STATE, DTYPE,
-        )  # fmt: skip
-    rounds = rounds_of(stop - begin, iterations, SEGMENTS, PACKED, TIME_LAST)
+    first = begin + segment * STEPS
+    stride = STEPS * SEGMENTS
+    window = load_few(
+        x, initial_state, first - (WIDTH - 1), start, stop, d, mask_d, x_t, x_d, state_d, state_w,
+        WIDTH, HAS_INITIAL_STATE, DTYPE,
+    )  # fmt: skip
+    ahead = load_rows(x, first, stop, d, mask_d, x_t, x_d, TIME_LAST)
+    rounds = rounds_of(stop - begin, iterations, STEPS * SEGMENTS, PACKED)
     for i in range(rounds):
-        if TIME_LAST:  # a segment's steps lie along a thread, its neighbours' in other threads: read the window
-            t = begin + (i * SEGMENTS + segment) * STEPS
-            window = load_few(
-                x, initial_state, t - (WIDTH - 1), start, stop, d, mask_d, x_t, x_d, state_d, state_w,
-                WIDTH, HAS_INITIAL_STATE, DTYPE,
-            )  # fmt: skip
-        else:
-            t = first + i * STEPS
-        rows = window + load_rows(x, t, stop, d, mask_d, x_t, x_d, TIME_LAST, DTYPE)
+        t = first + i * stride
+        rows = window + as_rows(ahead, TIME_LAST, DTYPE)
         outputs = ()
         for j in tl.static_range(STEPS):
             out = convolve(rows, j, taps, offset, WIDTH)
             if SILU:
                 out *= sigmoid(out)
             outputs = outputs + (out,)
-        store_rows(y, outputs, t, start, stop, d, mask_d, y_t, y_d, TIME_LAST)
-        if not TIME_LAST:
-            window = rows[STEPS:]
+        store_rows(y, outputs, t, start, stop, d, mask_d, y_t, y_d, False, TIME_LAST)
+        limit = tl.where(i + 1 < rounds, stop, 0)
+        ahead = load_rows(x, t + stride, limit, d, mask_d, x_t, x_d, TIME_LAST)
+        window = load_few(
+            x, initial_state, t + stride - (WIDTH - 1), start, limit, d, mask_d, x_t, x_d, state_d, state_w,
+            WIDTH, False, DTYPE,
+        )  # fmt: skip
 
     if WANT_FINAL_STATE:  # noqa: SIM102 (decided when the kernel is compiled)
         if begin + chunk >= stop and (begin < stop or index == 0):  # the sequence's last program
@@ -285,22 +315,22 @@ def add_gradient_of_state(
 @triton.jit
 def causal_conv1d_backward_kernel(
     x, weight, bias, initial_state, cu_seqlens, grad_y, grad_final_state, dx, dinitial_state, partial,
-    L, channels, sequences, blocks, iterations,
+    L, channels, sequences, chunks, iterations,
     x_b, x_t, x_d, grad_y_b, grad_y_t, grad_y_d, dx_b, dx_t, dx_d, weight_d, weight_w, state_b, state_d, state_w,
     grad_state_b, grad_state_d, grad_state_w,
     WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL_STATE: tl.constexpr,
     HAS_GRAD_FINAL_STATE: tl.constexpr, PACKED: tl.constexpr, TIME_LAST: tl.constexpr, DTYPE: tl.constexpr,
-    SEGMENTS: tl.constexpr, BLOCK_D: tl.constexpr,
+    SEGMENTS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_D channels, SEGMENTS * STEPS * iterations steps of one sequence.
 
     A row's gradient needs the gradient of pre W - 1 steps later. With channels along the lanes dx follows that
     many rows behind; with time along the lanes those few steps are computed twice.
     """
-    program = (tl.program_id(0) // blocks).to(tl.int64)
+    program = (tl.program_id(0) // BLOCKS).to(tl.int64)
     chunk = SEGMENTS * STEPS * iterations
-    batch, sequence, index, start, stop = locate(program, cu_seqlens, sequences, L, chunk, PACKED)
-    d, segment = axes(tl.program_id(0) % blocks, BLOCK_D, SEGMENTS, TIME_LAST)
+    batch, sequence, index, start, stop = locate(program, cu_seqlens, sequences, L, chunk, chunks, PACKED)
+    d, segment = axes(tl.program_id(0) % BLOCKS, BLOCK_D, SEGMENTS, TIME_LAST)
     mask_d = d < channels
     begin = start + index * chunk
     x += batch * x_b
@@ -325,7 +355,7 @@ def causal_conv1d_backward_kernel(
             x, initial_state, first - (WIDTH - 1), start, stop, d, mask_d, x_t, x_d, state_d, state_w,
             WIDTH, HAS_INITIAL_STATE, DTYPE,
         )  # fmt: skip
-    rounds = rounds_of(stop - begin, iterations, SEGMENTS, PACKED, TIME_LAST)
+    rounds = rounds_of(stop - begin, iterations, STEPS * (SEGMENTS if TIME_LAST else 1), PACKED)
     for i in range(rounds):
         if TIME_LAST:
             t = begin + (i * SEGMENTS + segment) * STEPS
@@ -335,8 +365,8 @@ def causal_conv1d_backward_kernel(
             )  # fmt: skip
         else:
             t = first + i * STEPS
-        rows = window + load_rows(x, t, stop, d, mask_d, x_t, x_d, TIME_LAST, DTYPE)
-        dy_rows = load_rows(grad_y, t, stop, d, mask_d, grad_y_t, grad_y_d, TIME_LAST, DTYPE)
+        rows = window + as_rows(load_rows(x, t, stop, d, mask_d, x_t, x_d, TIME_LAST), TIME_LAST, DTYPE)
+        dy_rows = as_rows(load_rows(grad_y, t, stop, d, mask_d, grad_y_t, grad_y_d, TIME_LAST), TIME_LAST, DTYPE)
         new = ()
         for j in tl.static_range(STEPS):
             gradient = through_silu(rows, j, dy_rows[j], t + j < stop, taps, offset, WIDTH, SILU)
@@ -361,7 +391,7 @@ def causal_conv1d_backward_kernel(
             dx_rows = dx_rows + (add_gradient_of_state(
                 row, grad_final_state, at + j, stop, d, mask_d, grad_state_d, grad_state_w, WIDTH, HAS_GRAD_FINAL_STATE
             ),)  # fmt: skip
-        store_rows(dx, dx_rows, at, first, stop, d, mask_d, dx_t, dx_d, TIME_LAST)
+        store_rows(dx, dx_rows, at, first, stop, d, mask_d, dx_t, dx_d, True, TIME_LAST)
         if not TIME_LAST:
             window = rows[STEPS:]
             gradients = new[STEPS - WIDTH + 1 :]
@@ -435,14 +465,14 @@ def sum_partial_kernel(
 @triton.jit
 def causal_conv1d_update_kernel(
     x, conv_state, weight, bias, y,
-    channels, blocks,
+    channels,
     x_b, x_d, y_b, state_b, state_d, state_w, weight_d, weight_w,
     WIDTH: tl.constexpr, STATE: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One program: one step of BLOCK_D channels of one batch entry. The state moves up by one, x comes last."""
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    d = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    batch = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    d = (tl.program_id(0) % BLOCKS).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = d < channels
     conv_state += batch * state_b
     new = tl.load(x + batch * x_b + d * x_d, mask=mask_d, other=0.0)

@@ -149,6 +149,16 @@ def piece_of(piece, cu_seqlens, L, sequences, piece_length, pieces, PACKED: gl.c
     return sequence, batch, start, stop, begin, first
 
 
+@gluon.jit
+def first_checkpoint_of(sequence, start, begin, L, EVERY: gl.constexpr, PACKED: gl.constexpr):
+    """The row of the checkpoint before a piece: each sequence has its own, one for every EVERY steps."""
+    if PACKED:
+        own = start // EVERY + sequence
+    else:
+        own = sequence * gl.cdiv(L, EVERY)
+    return own + (begin - start) // EVERY
+
+
 # --- forward -----------------------------------------------------------------------------------------------
 
 
@@ -268,7 +278,7 @@ def selective_scan_forward_kernel(
         C_next = gl.load(C + C_at, mask=mask_map, other=0.0)
         if HAS_Z:
             z_next = gl.load(z + z_at, mask=mask, other=0.0)
-    checkpoint = (batch * L + start) // EVERY + sequence + (begin - start) // EVERY
+    checkpoint = first_checkpoint_of(sequence, start, begin, L, EVERY, PACKED)
 
     for tile in range(gl.cdiv(length, T)):
         if SAVE:
@@ -521,7 +531,7 @@ def selective_scan_backward_kernel(
     )
     end = gl.minimum(begin + piece_length, stop)
     length = gl.maximum(end - begin, 0).to(gl.int32)
-    first_checkpoint = (batch * L + start) // EVERY + sequence + (begin - start) // EVERY
+    first_checkpoint = first_checkpoint_of(sequence, start, begin, L, EVERY, PACKED)
     tiles = gl.cdiv(length, T)
     chunks = gl.cdiv(length, EVERY)
 

@@ -1,4 +1,7 @@
-"""Chapter 11's fast kernels: the calls they serve, their plan, the launchers of kernels/selective_scan_fast.py."""
+"""The scan's `method="triton"`: the plan and the launchers of kernels/selective_scan_fast.py (chapter 11, section 10).
+
+What these kernels do not serve goes to minimamba.fused_scan.
+"""
 
 import functools
 import math
@@ -6,34 +9,18 @@ from typing import NamedTuple
 
 import torch
 
+from minimamba import fused_scan
+from minimamba.fused_scan import contiguous
+from minimamba.scan_plan import EVERY, fit, plan, wide
 from minimamba.triton_scan import Launch
 
-
-class Tile(NamedTuple):
-    """A thread holds `states` x `channels`, `lanes` threads hold all states of a channel."""
-
-    steps: int
-    lanes: int
-    states: int
-    channels: int
-    warps: int
-
-    @property
-    def block(self):
-        """Channels of a program."""
-        return self.channels * (32 // self.lanes) * self.warps
-
-    def constants(self, u):
-        steps, lanes, states, channels, warps = self
-        time_first = u.strides[1] == 1 and u.strides[2] != 1
-        return {"TIME_FIRST": time_first, "T": steps, "G": lanes, "K": states, "c": channels, "W": warps}
+SUM_BLOCK = 512  # numbers a program of the last kernel sums up
 
 
 def serves(u, A, B, C):
     """Whether kernels/selective_scan_fast.py serves: on an NVIDIA GPU, in float32 or half, with varying B and C.
 
-    For the rest (the interpreter, other GPUs, float64, constant B or C, more than 256 states) there is
-    kernels/selective_scan.py. Times of both: kernels/NOTES.md.
+    Not in the interpreter, on other GPUs, in float64, for a constant B or C, for more than 256 states.
     """
     return (
         u.is_cuda
@@ -50,70 +37,38 @@ def _has_gluon(device):
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-EVERY = 64  # steps between checkpoints
-SUM_BLOCK = 512  # numbers a program of the last kernel sums up
+def checkpoint_shape(u, A, B, C, cu_seqlens):
+    """Shape of the states kept for the backward pass: one before every 64 steps of each sequence, (rows, N, D).
 
-
-@functools.lru_cache(maxsize=4096)
-def plan(sequences, length, group_size, states, backward, multiprocessors, shared_memory):
-    """Choose the tile, and into pieces of how many steps a sequence is cut (None: it stays whole).
-
-    `sequences` counts a group of channels of a sequence as one. A thread has 8 numbers to update at each step, so that
-    they hide each other's latency: as many states as fit one load, in several channels. Forward, two tiles are weighed,
-    the second half as wide. Backward, 8 warps (4 where shared memory is small) sum dB and dC over as many channels as
-    possible, since each program's sums go through memory.
-
-    The time of a plan: programs go over the machine in rounds, a round takes as long as the steps of a program, a few
-    more for its start, and where there are pieces a first kernel. Constants measured on an H100: kernels/NOTES.md.
+    In a packed row the document s that starts at step p owns the rows from p // 64 + s on.
     """
-    if backward:
-        tiles = {_wide(states, 4, 8 if shared_memory >= 200_000 else 4): 1.0}
-        alone, first_kernel = 1.0, 0.2
-    else:
-        wide = _wide(states, 16, 4)
-        tiles = {wide: 1.0}
-        if wide.states == 4 and wide.lanes <= 16:
-            tiles[wide._replace(lanes=2 * wide.lanes, states=2)] = 0.56
-        alone, first_kernel = 1.15, 0.7  # a program alone on a multiprocessor leaves it idle now and then
-
-    best_time, best = math.inf, None
-    for tile, cost in tiles.items():
-        tile = _fit(tile, group_size)
-        programs = sequences * -(-group_size // tile.block)
-        for pieces in range(1, 65):
-            steps = length if pieces == 1 else -(-length // pieces // EVERY) * EVERY
-            if pieces > 1 and steps >= length:
-                break
-            rounds = -(-programs * -(-length // steps) // multiprocessors)
-            time = max(rounds, alone) * (steps + 32) * cost * (1.0 if pieces == 1 else 1.0 + first_kernel)
-            if time < best_time:
-                best_time, best = time, (tile, None if pieces == 1 else steps)
-    return best
+    if not serves(u, A, B, C):
+        return fused_scan.checkpoint_shape(u, A, B, C, cu_seqlens)
+    batch, length, channels = u.shape
+    rows = batch * -(-length // EVERY) if cu_seqlens is None else length // EVERY + cu_seqlens.shape[0] - 1
+    return (rows, A.shape[1], channels)
 
 
-def _wide(states, steps, warps):
-    """The tile whose threads have 8 numbers each: as many states as one load brings, of several channels."""
-    padded = next_power_of_2(states)
-    per_thread = min(4, padded) if padded <= 128 else 8
-    return Tile(steps, padded // per_thread, per_thread, 8 // per_thread, warps)
+def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, save):
+    """Arguments as in `minimamba.selective_scan`, validated.
 
-
-def _fit(tile, group_size):
-    """Take warps away that would have no channels, or more than shared memory has room for."""
-    while tile.warps > 1 and (tile.block >= 2 * group_size or tile.block > 512):
-        tile = tile._replace(warps=tile.warps // 2)
-    return tile
-
-
-def forward(
-    u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, save, y, final_state, checkpoints
-):
-    """Fill y, final_state and, with `save`, checkpoints."""
+    Returns y (Batch, L, D), the final states (sequences, D, N) and the checkpoints that `backward` needs
+    (empty unless `save`).
+    """
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
-    cut, launches = _forward_launches(_kinds(*inputs), u.device, delta_softplus, save)
-    piece_states, piece_steps = cut.buffers(A)
-    for launch in launches:
-        launch(*inputs, y, final_state, checkpoints, piece_states, piece_steps)
+    if not serves(u, A, B, C):
+        return fused_scan.forward(*inputs, delta_softplus, save)
+    A, D, delta_bias, initial_state = contiguous(A, D, delta_bias, initial_state)
+    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    y = u.new_empty(u.shape)
+    with torch.cuda.device_of(u):
+        cut, launches = _forward_launches(_kinds(*inputs), u.device, delta_softplus, save)
+        final_state = A.new_empty(cut.sequences, *A.shape)
+        checkpoints = A.new_empty(checkpoint_shape(u, A, B, C, cu_seqlens) if save else 0)
+        piece_states, piece_steps = cut.buffers(A)
+        for launch in launches:
+            launch(*inputs, y, final_state, checkpoints, piece_states, piece_steps)
+    return y, final_state, checkpoints
 
 
 @functools.lru_cache(maxsize=1024)
@@ -136,28 +91,52 @@ def _forward_launches(kinds, device, delta_softplus, save):
 
 
 def backward(
-    u, delta, A, B, C, D, z, delta_bias, cu_seqlens, checkpoints, grad_y, grad_final_state, delta_softplus,
-    du, ddelta, dz,
-):  # fmt: skip
-    """Fill du, ddelta and dz. Returns the gradients of A, B, C, D, delta_bias and the initial state."""
+    grad_y,
+    grad_final_state,
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    delta_bias,
+    initial_state,
+    cu_seqlens,
+    checkpoints,
+    delta_softplus,
+):
+    """Return the gradients of u, delta, A, B, C, D, z, delta_bias and initial_state, each in its argument's dtype.
+
+    Those of D, z and delta_bias are None where the argument is; `grad_final_state` may be None.
+    """
+    if not serves(u, A, B, C):
+        return fused_scan.backward(
+            grad_y, grad_final_state, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, checkpoints,
+            delta_softplus,
+        )  # fmt: skip
+    A, D, delta_bias, grad_final_state = contiguous(A, D, delta_bias, grad_final_state)
     kinds = _kinds(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, grad_y, grad_final_state)
-    cut, programs, adjoint, main, sums = _backward_launches(kinds, u.device, delta_softplus)
-    # What each program, or each piece, sums up by itself; and the sums of these.
-    part_dBC = A.new_empty(2, programs, *u.shape[:2], cut.groups, A.shape[1])
-    part_dA, part_dD, part_dbias = (
-        None if x is None else A.new_empty(cut.pieces, *x.shape) for x in (A, D, delta_bias)
-    )
-    dA, dB, dC, dD, dbias = (None if x is None else x.new_empty(x.shape) for x in (A, B, C, D, delta_bias))
-    dinitial_state = A.new_empty(cut.sequences, *A.shape)
-    piece_adjoints, piece_steps = cut.buffers(A)
-    if cut.split:
-        adjoint(delta, A, C, z, delta_bias, cu_seqlens, grad_y, piece_adjoints, piece_steps)
-    main(
-        u, delta, A, B, C, D, z, delta_bias, cu_seqlens, checkpoints, grad_y, grad_final_state,
-        piece_adjoints, piece_steps, du, ddelta, part_dA, part_dBC, part_dD, dz, part_dbias, dinitial_state,
-    )  # fmt: skip
-    sums(part_dBC, part_dA, part_dD, part_dbias, dB, dC, dA, dD, dbias)
-    return dA, dB, dC, dD, dbias, dinitial_state
+    with torch.cuda.device_of(u):
+        cut, adjoint, main, sums = _backward_launches(kinds, u.device, delta_softplus)
+        # What each program, or each piece, sums up by itself; and the sums of these.
+        part_dBC = A.new_empty(2, cut.programs_per_group, *u.shape[:2], cut.groups, A.shape[1])
+        part_dA, part_dD, part_dbias = (
+            None if x is None else A.new_empty(cut.pieces, *x.shape) for x in (A, D, delta_bias)
+        )
+        du, ddelta, dA, dB, dC, dD, dz, dbias = (
+            None if x is None else x.new_empty(x.shape) for x in (u, delta, A, B, C, D, z, delta_bias)
+        )
+        dinitial_state = A.new_empty(cut.sequences, *A.shape)
+        piece_adjoints, piece_steps = cut.buffers(A)
+        if cut.split:
+            adjoint(delta, A, C, z, delta_bias, cu_seqlens, grad_y, piece_adjoints, piece_steps)
+        main(
+            u, delta, A, B, C, D, z, delta_bias, cu_seqlens, checkpoints, grad_y, grad_final_state,
+            piece_adjoints, piece_steps, du, ddelta, part_dA, part_dBC, part_dD, dz, part_dbias, dinitial_state,
+        )  # fmt: skip
+        sums(part_dBC, part_dA, part_dD, part_dbias, dB, dC, dA, dD, dbias)
+    return du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial_state
 
 
 @functools.lru_cache(maxsize=1024)
@@ -171,7 +150,7 @@ def _backward_launches(kinds, device, delta_softplus):
         "PACKED": cu_seqlens is not None,
     }  # fmt: skip
     # The first kernel keeps no states, so it does better with the forward pass's tile.
-    tile = _fit(_wide(A.shape[1], 16, 4), cut.group_size)
+    tile = fit(wide(A.shape[1], 16, 4), cut.group_size)
     blocks = -(-cut.group_size // tile.block)
     lengths, channels, states, group_size, blocks_per_group, *pieces = cut.numbers
     adjoint = Launch(
@@ -180,7 +159,7 @@ def _backward_launches(kinds, device, delta_softplus):
          *delta.strides, *_strides(z), *grad_y.strides, *_map_strides(C)),
         tile.warps, **options, **tile.constants(u),
     )  # fmt: skip
-    programs = programs_per_group(cut.group_size, blocks_per_group, states)
+    programs = cut.programs_per_group
     main = Launch(
         kernels.selective_scan_backward_kernel, cut.pieces * cut.groups * programs,
         (lengths, channels, states, group_size, blocks_per_group, programs, u.shape[0], *pieces,
@@ -194,7 +173,7 @@ def _backward_launches(kinds, device, delta_softplus):
         kernels.sum_partials_kernel, sum(-(-n // SUM_BLOCK) for n in columns), (programs, cut.pieces, *columns), 4,
         HAS_D=D is not None, HAS_BIAS=delta_bias is not None, BLOCK=SUM_BLOCK,
     )  # fmt: skip
-    return cut, programs, adjoint, main, sums
+    return cut, adjoint, main, sums
 
 
 class _Kind(NamedTuple):
@@ -224,7 +203,7 @@ class _Cut:
         self.groups = B.shape[2] if len(B.shape) == 4 else 1
         self.group_size = channels // self.groups
         # How long the documents of a packed row are is not known here: it is cut as one sequence would be.
-        self.tile, piece_length = plan(
+        self.tile, piece_length, self.programs_per_group = plan(
             batch * self.groups, length, self.group_size, states, backward, multiprocessors, shared_memory
         )
         blocks_per_group = -(-self.group_size // self.tile.block)
@@ -255,15 +234,6 @@ def _machine(device):
     return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
-def programs_per_group(group_size, blocks_per_group, states):
-    """How many programs share the channels of a group in the backward pass.
-
-    Each keeps dB and dC sums of its own, so more programs mean more memory: together at most as much as
-    du in float32.
-    """
-    return max(1, min(blocks_per_group, group_size // (2 * states)))
-
-
 def _map_strides(x):
     """Strides of a varying B or C over (batch, step, group, state)."""
     batch, step, *group, state = x.strides
@@ -272,7 +242,3 @@ def _map_strides(x):
 
 def _strides(x):
     return (0, 0, 0) if x is None else x.strides
-
-
-def next_power_of_2(n):
-    return 1 << (n - 1).bit_length()

@@ -4,8 +4,6 @@ from typing import NamedTuple
 
 import torch
 
-from minimamba import fast_scan
-from minimamba.fast_scan import next_power_of_2, programs_per_group
 from minimamba.triton_scan import require_triton
 
 
@@ -31,15 +29,13 @@ def tile_for(states, group_size):
 
 
 def checkpoint_shape(u, A, B, C, cu_seqlens):
-    """Shape of the states kept for the backward pass: one before every so many steps of each sequence.
+    """Shape of the states kept for the backward pass: one before each tile of each sequence, (tiles, D, N).
 
     Sequence s starting at flat step p owns the rows from p // steps + s on: always enough, and known
     without reading where the documents of a packed row begin.
     """
     batch, length, channels = u.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if fast_scan.serves(u, A, B, C):
-        return (batch * length // fast_scan.EVERY + sequences, A.shape[1], channels)
     steps = tile_for(A.shape[1], channels).steps
     return (batch * length // steps + sequences, channels, A.shape[1])
 
@@ -51,35 +47,26 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delt
     `backward` needs (empty unless `save`).
     """
     require_triton(u.device)
-    A, D, delta_bias, initial_state = _contiguous(A, D, delta_bias, initial_state)
-    sequences = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    y = u.new_empty(u.shape)
-    final_state = A.new_empty(sequences, *A.shape)
-    checkpoints = A.new_empty(checkpoint_shape(u, A, B, C, cu_seqlens) if save else 0)
-    run = fast_scan.forward if fast_scan.serves(u, A, B, C) else _forward_simple
-    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
-    with _device_of(u):
-        run(*inputs, delta_softplus, save, y, final_state, checkpoints)
-    return y, final_state, checkpoints
-
-
-def _forward_simple(
-    u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, save, y, final_state, checkpoints
-):
     from minimamba.kernels.selective_scan import selective_scan_forward_kernel
 
     sizes = _Sizes(u, A, B, C, cu_seqlens)
+    A, D, delta_bias, initial_state = contiguous(A, D, delta_bias, initial_state)
+    y = u.new_empty(u.shape)
+    final_state = A.new_empty(sizes.sequences, *A.shape)
+    checkpoints = A.new_empty(checkpoint_shape(u, A, B, C, cu_seqlens) if save else 0)
     blocks_per_group = -(-sizes.group_size // sizes.tile.channels)
-    selective_scan_forward_kernel[(sizes.sequences * sizes.groups * blocks_per_group,)](
-        u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens,
-        y, final_state, checkpoints,
-        u.shape[1], u.shape[2], A.shape[1], sizes.group_size, blocks_per_group,
-        *u.stride(), *delta.stride(), *_strides(z), *y.stride(), *_map_strides(B), *_map_strides(C),
-        B_VARYING=B.ndim > 2, C_VARYING=C.ndim > 2, HAS_D=D is not None, HAS_Z=z is not None,
-        HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
-        HAS_INITIAL_STATE=initial_state is not None, PACKED=cu_seqlens is not None,
-        SAVE=save, **_constants(A, sizes.tile),
-    )  # fmt: skip
+    with torch.cuda.device_of(u):  # where Triton launches; does nothing for the interpreter's CPU tensors
+        selective_scan_forward_kernel[(sizes.sequences * sizes.groups * blocks_per_group,)](
+            u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens,
+            y, final_state, checkpoints,
+            u.shape[1], u.shape[2], A.shape[1], sizes.group_size, blocks_per_group,
+            *u.stride(), *delta.stride(), *_strides(z), *y.stride(), *_map_strides(B), *_map_strides(C),
+            B_VARYING=B.ndim > 2, C_VARYING=C.ndim > 2, HAS_D=D is not None, HAS_Z=z is not None,
+            HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
+            HAS_INITIAL_STATE=initial_state is not None, PACKED=cu_seqlens is not None,
+            SAVE=save, **_constants(A, sizes.tile),
+        )  # fmt: skip
+    return y, final_state, checkpoints
 
 
 def backward(
@@ -104,42 +91,31 @@ def backward(
     dtype of its argument; None for D, z, delta_bias where the argument is None.
     """
     require_triton(u.device)
-    A, D, delta_bias, grad_final_state = _contiguous(A, D, delta_bias, grad_final_state)
-    du, ddelta, dz = (None if x is None else x.new_empty(x.shape) for x in (u, delta, z))
-    run = fast_scan.backward if fast_scan.serves(u, A, B, C) else _backward_simple
-    inputs = (u, delta, A, B, C, D, z, delta_bias, cu_seqlens, checkpoints, grad_y, grad_final_state)
-    with _device_of(u):
-        dA, dB, dC, dD, ddelta_bias, dinitial_state = run(*inputs, delta_softplus, du, ddelta, dz)
-    return du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state
-
-
-def _backward_simple(
-    u, delta, A, B, C, D, z, delta_bias, cu_seqlens, checkpoints, grad_y, grad_final_state, delta_softplus,
-    du, ddelta, dz,
-):  # fmt: skip
     from minimamba.kernels.selective_scan import selective_scan_backward_kernel
 
     sizes = _Sizes(u, A, B, C, cu_seqlens)
+    A, D, delta_bias, grad_final_state = contiguous(A, D, delta_bias, grad_final_state)
     blocks_per_group = -(-sizes.group_size // sizes.tile.channels)
     programs = programs_per_group(sizes.group_size, blocks_per_group, A.shape[1])
+    du, ddelta, dz = (None if x is None else x.new_empty(x.shape) for x in (u, delta, z))
     dA, dinitial_state = (A.new_empty(sizes.sequences, *A.shape) for _ in range(2))
     dB, dC = (A.new_empty(_partial_shape(x, u, A, programs, sizes)) for x in (B, C))
     dD, ddelta_bias = (None if x is None else A.new_empty(sizes.sequences, u.shape[2]) for x in (D, delta_bias))
-    selective_scan_backward_kernel[(sizes.sequences * sizes.groups * programs,)](
-        u, delta, A, B, C, D, z, delta_bias, cu_seqlens, checkpoints, grad_y, grad_final_state,
-        du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state,
-        u.shape[1], u.shape[2], A.shape[1], sizes.group_size, blocks_per_group, programs, u.shape[0],
-        *u.stride(), *delta.stride(), *_strides(z), *grad_y.stride(), *_map_strides(B), *_map_strides(C),
-        *du.stride(), *ddelta.stride(), *_strides(dz),
-        B_VARYING=B.ndim > 2, C_VARYING=C.ndim > 2, HAS_D=D is not None, HAS_Z=z is not None,
-        HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
-        HAS_GRAD_FINAL_STATE=grad_final_state is not None, PACKED=cu_seqlens is not None,
-        **_constants(A, sizes.tile),
-    )  # fmt: skip
-    # Partial sums: of the programs that share the channels, and of the sequences.
+    with torch.cuda.device_of(u):
+        selective_scan_backward_kernel[(sizes.sequences * sizes.groups * programs,)](
+            u, delta, A, B, C, D, z, delta_bias, cu_seqlens, checkpoints, grad_y, grad_final_state,
+            du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state,
+            u.shape[1], u.shape[2], A.shape[1], sizes.group_size, blocks_per_group, programs, u.shape[0],
+            *u.stride(), *delta.stride(), *_strides(z), *grad_y.stride(), *_map_strides(B), *_map_strides(C),
+            *du.stride(), *ddelta.stride(), *_strides(dz),
+            B_VARYING=B.ndim > 2, C_VARYING=C.ndim > 2, HAS_D=D is not None, HAS_Z=z is not None,
+            HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
+            HAS_GRAD_FINAL_STATE=grad_final_state is not None, PACKED=cu_seqlens is not None,
+            **_constants(A, sizes.tile),
+        )  # fmt: skip
     dB, dC = (partial.sum(0).view(x.shape).to(x.dtype) for partial, x in ((dB, B), (dC, C)))
     dD, ddelta_bias = (None if x is None else x.sum(0) for x in (dD, ddelta_bias))
-    return dA.sum(0), dB, dC, dD, ddelta_bias, dinitial_state
+    return du, ddelta, dA.sum(0), dB, dC, dD, dz, ddelta_bias, dinitial_state
 
 
 def bytes_moved(
@@ -239,7 +215,7 @@ def _strides(x):
     return (0, 0, 0) if x is None else x.stride()
 
 
-def _contiguous(*tensors):
+def contiguous(*tensors):
     return [None if x is None else x.contiguous() for x in tensors]
 
 
@@ -255,6 +231,14 @@ def _constants(A, tile):
     }
 
 
-def _device_of(u):
-    """Triton launches on the current device, so make it u's. A no-op for the interpreter's CPU tensors."""
-    return torch.cuda.device_of(u)
+def programs_per_group(group_size, blocks_per_group, states):
+    """How many programs share the channels of a group in the backward pass.
+
+    Each keeps dB and dC sums of its own, so more programs mean more memory: together at most as much as
+    du in float32.
+    """
+    return max(1, min(blocks_per_group, group_size // (2 * states)))
+
+
+def next_power_of_2(n):
+    return 1 << (n - 1).bit_length()

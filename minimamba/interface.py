@@ -156,7 +156,7 @@ def causal_conv1d(
     Source: Mamba (Gu and Dao, 2023), section 3.4 and figure 3; H3 (Fu et al., 2022) for the short convolution.
     """
     x, weight, bias, initial_state = _conv_under_autocast(x, weight, bias, initial_state)
-    check_conv_arguments(x, weight, bias, initial_state, cu_seqlens)
+    check_once(check_conv_arguments, x, weight, bias, initial_state, cu_seqlens)
     check_option("activation", activation, ACTIVATIONS)
     check_option("method", method, ("auto", "cpu", "triton"))
     if method == "auto":
@@ -165,6 +165,10 @@ def causal_conv1d(
         x, weight, bias, initial_state, cu_seqlens, activation is not None, return_final_state, method
     )
     return (y, final_state) if return_final_state else y
+
+
+def _check_conv_fn_arguments(x, weight, bias, initial_states):
+    check_conv_arguments(x, weight, bias, initial_states, time_last=True, state_name="initial_states")
 
 
 def causal_conv1d_fn(
@@ -180,7 +184,7 @@ def causal_conv1d_fn(
     """
     if seq_idx is not None:
         raise ValueError("seq_idx: not supported; give minimamba.causal_conv1d the documents' borders as cu_seqlens")
-    check_conv_arguments(x, weight, bias, initial_states, time_last=True, state_name="initial_states")
+    check_once(_check_conv_fn_arguments, x, weight, bias, initial_states)
     if return_final_states and final_states_out is not None:
         check_tensor("final_states_out", final_states_out, dtypes=(x.dtype,), device=x.device, like=" (x's)")
         check_shape("final_states_out", final_states_out, (*x.shape[:2], weight.shape[1] - 1))

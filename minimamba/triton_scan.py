@@ -101,27 +101,6 @@ def require_triton(device):
         )
 
 
-_COMPILED = {}
-
-
-def launch(kernel, programs, tensors, numbers, num_warps, **constants):
-    """Launch `programs` programs of a kernel whose arguments are tensors or None, then whole numbers, then constants.
-
-    The same as kernel[(programs,)](*tensors, *numbers, **constants, num_warps=num_warps) on a GPU. Triton looks at
-    every argument at every call for what it compiles differently (a dtype, an address or a number divisible by 16, a
-    number 1). With sixty arguments that costs more time than a small kernel takes, so it is done here in one go.
-    """
-    device = torch.cuda.current_device()
-    kinds = [None if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in tensors]
-    kinds += [(n == 1, n % 16 == 0, -(2**31) <= n < 2**31) for n in numbers]
-    key = (kernel, device, num_warps, *kinds, *constants.items())
-    compiled = _COMPILED.get(key)
-    if compiled is None:
-        _COMPILED[key] = kernel[(programs,)](*tensors, *numbers, **constants, num_warps=num_warps)
-    else:
-        compiled[(programs, 1, 1)](*tensors, *numbers, *constants.values())
-
-
 class Launch:
     """A launch whose arguments are all settled but the tensors, to be made again and again on a GPU.
 

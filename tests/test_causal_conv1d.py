@@ -1,5 +1,6 @@
 """The short convolution: both methods against the equation, gradients, packed documents, the drop-ins, the device."""
 
+import contextlib
 import importlib
 import inspect
 from itertools import pairwise
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from problems import lay_out, relative_error
 
 import minimamba
-from minimamba import causal_conv1d
+from minimamba import causal_conv1d, conv_plan
 from minimamba.triton_scan import compile_kernels
 
 module = importlib.import_module("minimamba.causal_conv1d")  # the package's attribute of this name is the function
@@ -113,14 +114,29 @@ def problems(draw_, max_length=24, dtypes=(F64, torch.float32, torch.float16, to
 
 
 # By rule, and by hand where a test's few steps have to reach into several rounds, segments and programs.
-TILES = [None, module.Tile(2, 1, 1, 1), module.Tile(4, 2, 1, 1), module.Tile(2, 1, 2, 1), module.Tile(2, 2, 2, 1)]
+TILES = [None, *(conv_plan.Tile(*sizes, 1) for sizes in ((2, 1, 1), (4, 2, 1), (2, 1, 2), (2, 2, 2)))]
+
+
+@contextlib.contextmanager
+def fixed(tile):
+    """Every launch with this tile, None for the rule."""
+    plans = (conv_plan.plan_forward, conv_plan.plan_backward)
+    with pytest.MonkeyPatch.context() as patch:
+        if tile:
+            patch.setattr(conv_plan, "tile_for", lambda *_, **__: tile)
+            for plan in plans:
+                plan.cache_clear()
+        yield
+    if tile:
+        for plan in plans:
+            plan.cache_clear()
 
 
 @pytest.fixture
-def tiles(monkeypatch):
-    """Return a function that fixes the tile of what follows, None for the rule."""
-    rule = module.tile_for
-    return lambda tile: monkeypatch.setattr(module, "tile_for", (lambda *_, **__: tile) if tile else rule)
+def tiles():
+    """Return a function that fixes the tile of what follows."""
+    with contextlib.ExitStack() as stack:
+        yield lambda tile: stack.enter_context(fixed(tile))
 
 
 TOLERANCE = {F64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -140,9 +156,7 @@ def test_cpu_is_the_equation(problem):
 @given(problem=problems(), tile=st.sampled_from(TILES))
 def test_triton_is_the_equation(problem, tile):
     tensors, options, _ = problem
-    with pytest.MonkeyPatch.context() as patch:
-        if tile:
-            patch.setattr(module, "tile_for", lambda *_, **__: tile)
+    with fixed(tile):
         got = run(tensors, options, method="triton")
     for one, expected in zip(got, oracle(**as_float64(tensors), **options), strict=True):
         assert one.dtype == tensors["x"].dtype and one.shape == expected.shape
@@ -154,9 +168,7 @@ def test_triton_is_the_equation(problem, tile):
 def test_triton_gradients(problem, tile):
     tensors, options, cotangents = problem
     wide = gradients(as_float64(tensors), options, [c.double() for c in cotangents], method="cpu")
-    with pytest.MonkeyPatch.context() as patch:
-        if tile:
-            patch.setattr(module, "tile_for", lambda *_, **__: tile)
+    with fixed(tile):
         got = gradients(tensors, options, cotangents, method="triton")
     for name, gradient in got.items():
         assert gradient.dtype == tensors[name].dtype and gradient.shape == tensors[name].shape
@@ -168,7 +180,7 @@ def test_triton_gradients(problem, tile):
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("length", [1, 8, 9, 16, 17, 32, 33, 50])
 def test_lengths_around_rounds_segments_and_programs(length, layout, tiles):
-    tiles(module.Tile(2, 2, 2 if length > 16 else 1, 1))
+    tiles(conv_plan.Tile(2, 2, 2 if length > 16 else 1, 1))
     problem = draw(batch=1, length=length, channels=3, layout=layout, seed=length)
     tensors, options, _ = problem
     for one, expected in zip(run(tensors, options, method="triton"), oracle(**tensors, **options), strict=True):
@@ -218,7 +230,7 @@ def test_a_sequence_split_anywhere_is_the_whole(seed, cut, method, width):
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_documents_do_not_leak(method, layout, tiles):
     """Of documents 0, 1, 2, 3, 5 and 19 steps long, one is NaN: every bit of the others stays."""
-    tiles(module.Tile(4, 2, 1, 1))
+    tiles(conv_plan.Tile(4, 2, 1, 1))
     borders = [0, 0, 1, 3, 6, 11, 30]
     tensors, options, cotangents = draw(batch=1, length=30, channels=3, initial_state=False, layout=layout)
     tensors["initial_state"] = draw(batch=6, channels=3)[0]["initial_state"]
@@ -246,7 +258,7 @@ def test_documents_do_not_leak(method, layout, tiles):
 @pytest.mark.parametrize("documents", [None, 3])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_two_backward_passes_give_the_same_bits(documents, layout, tiles):
-    tiles(module.Tile(4, 2, 1, 1))
+    tiles(conv_plan.Tile(4, 2, 1, 1))
     problem = draw(batch=2, length=20, documents=documents, layout=layout, dtype=torch.float32)
     one, other = (gradients(*problem, method="triton") for _ in range(2))
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -502,14 +514,17 @@ def jobs_for(name, variants, capability):
 
 
 def test_kernels_compile_for_a_gpu():
-    channels_last = {"TIME_LAST": False, "SEGMENTS": 4, "BLOCK_D": 128, "WIDTH": 4}
-    time_last = {"TIME_LAST": True, "SEGMENTS": 32, "BLOCK_D": 8, "WIDTH": 3, "PACKED": False}
+    channels_last = {"TIME_LAST": False, "SEGMENTS": 4, "BLOCK_D": 128, "BLOCKS": 2, "WIDTH": 4}
+    time_last = {"TIME_LAST": True, "SEGMENTS": 32, "BLOCK_D": 8, "BLOCKS": 3, "WIDTH": 3, "PACKED": False}
     options = ("HAS_INITIAL_STATE", "WANT_FINAL_STATE", "HAS_GRAD_FINAL_STATE", "HAS_BIAS", "SILU", "PACKED")
     bare = channels_last | {name: False for name in options}
     whole = [("bf16", "fp32", bare), ("bf16", "fp32", time_last), ("fp16", "fp32", channels_last)]
-    step, last = ("bf16", "fp32", {"WIDTH": 4, "STATE": 4, "BLOCK_D": 256}), {"WIDTH": 4, "BLOCK_R": 32, "BLOCK_D": 32}
+    step, last = (
+        ("bf16", "fp32", {"WIDTH": 4, "STATE": 4, "BLOCK_D": 256, "BLOCKS": 2}),
+        {"WIDTH": 4, "BLOCK_R": 32, "BLOCK_D": 32},
+    )
     # Triton makes a constant of every integer that is 1, so for sizes of 1 other code is compiled.
-    sizes = ("L", "channels", "sequences", "blocks", "iterations", "x_t", "y_t", "dx_t", "grad_y_t", "x_d", "y_d")
+    sizes = ("L", "channels", "sequences", "chunks", "iterations", "x_t", "y_t", "dx_t", "grad_y_t", "x_d", "y_d")
     whole.append(("fp32", "fp32", bare | dict.fromkeys((*options, *sizes), 1)))
     whole.append(("fp32", "fp32", time_last | dict.fromkeys(sizes, 1)))
     jobs = []

@@ -109,10 +109,9 @@ def test_documents_of_every_length_in_pieces(fast):
 
 def test_several_blocks_add_to_one_slice(fast):
     problem = make(batch=1, length=9, channels=40, states=16, groups=1)
-    assert fast_scan.programs_per_group(40, 3, 16) == 1  # one program for three blocks of channels
     real = fast_scan.plan
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fast_scan, "plan", lambda *a: (real(*a)[0]._replace(warps=1), None))
+    with pytest.MonkeyPatch.context() as patch:  # one program for three blocks of channels
+        patch.setattr(fast_scan, "plan", lambda *a: real(*a)._replace(tile=real(*a).tile._replace(warps=1), programs=1))
         check(problem.to(torch.float32))
 
 
@@ -136,7 +135,8 @@ def test_precision_of_tiny_and_huge_steps(fast):
 @pytest.mark.parametrize("backward", [False, True])
 @given(st.integers(1, 64), st.integers(1, 2**20), st.integers(1, 6000), st.integers(1, 256))
 def test_a_plan_covers_everything(backward, sequences, length, group_size, states):
-    tile, piece = fast_scan.plan(sequences, length, group_size, states, backward, *H100)
+    tile, piece, programs = fast_scan.plan(sequences, length, group_size, states, backward, *H100)
+    assert 1 <= programs <= -(-group_size // tile.block)
     assert tile.lanes * tile.states >= states and tile.lanes * tile.states < 2 * states
     assert tile.warps == 1 or tile.block < 2 * group_size
     assert tile.block <= 512 or tile.warps == 1

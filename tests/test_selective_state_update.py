@@ -25,11 +25,11 @@ def kernel(*arguments):
 
 
 def oracle(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
-    """The equation for each channel in float64. -> y, the new state"""
+    """The equation for each channel in float64. -> y, the new state, the largest sum of absolute values in a y"""
     state, x, dt, A, B, C, D, z, dt_bias = (
         None if v is None else np.asarray(v.cpu().double()) for v in (state, x, dt, A, B, C, D, z, dt_bias)
     )
-    y, new = np.zeros(x.shape), np.zeros(state.shape)
+    y, new, size = np.zeros(x.shape), np.zeros(state.shape), 0.0
     for index in np.ndindex(x.shape):
         b, d = index[0], index[1:]
         step = dt[index] + (0.0 if dt_bias is None else dt_bias[d])
@@ -37,10 +37,11 @@ def oracle(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
             step = np.logaddexp(0.0, step)
         B_row, C_row = (v[b] if v.ndim == 2 else v[b, d[0] // (x.shape[1] // v.shape[1])] for v in (B, C))
         new[index] = np.exp(step * A[d]) * state[index] + step * B_row * x[index]
-        y[index] = new[index] @ C_row + (0.0 if D is None else D[d] * x[index])
-        if z is not None:
-            y[index] *= z[index] / (1 + np.exp(-z[index]))
-    return torch.from_numpy(y), torch.from_numpy(new)
+        skip = 0.0 if D is None else D[d] * x[index]
+        gate = 1.0 if z is None else z[index] / (1 + np.exp(-z[index]))
+        y[index] = (new[index] @ C_row + skip) * gate
+        size = max(size, (abs(new[index]) @ abs(C_row) + abs(skip)) * abs(gate))
+    return torch.from_numpy(y), torch.from_numpy(new), size
 
 
 def draw(
@@ -75,13 +76,13 @@ def draw(
 
 
 def check(arguments, step):
-    expected_y, expected_state = oracle(*arguments)
+    expected_y, expected_state, size = oracle(*arguments)
     state, x = arguments[:2]
     y = step(*arguments)
     wide = 1e-13 if state.dtype == F64 else 2e-6
     assert y.dtype == x.dtype and y.shape == x.shape and y.is_contiguous()
     assert relative_error(state.cpu(), expected_state) < wide
-    assert relative_error(y.cpu(), expected_y) < max(wide, torch.finfo(x.dtype).eps)
+    assert (y.cpu().double() - expected_y).abs().max() < max(wide, torch.finfo(x.dtype).eps) * size
 
 
 @settings(max_examples=50, deadline=None)
@@ -105,9 +106,9 @@ def test_channels_around_a_tile(channels, groups, states):
 def test_the_rule_fills_a_machine_and_keeps_a_thread_busy():
     from minimamba.kernels.selective_state_update import tile_for
 
-    assert tile_for(64, 1, 4096, 16) == (64, 16, 4)  # 4096 programs of 1024 numbers
+    assert tile_for(64, 1, 4096, 16) == (32, 16, 1)  # 8192 programs of 512 numbers
     assert tile_for(1, 1, 4096, 16) == (8, 16, 1)  # 512 programs: at least 264, and never below 128 numbers
-    assert tile_for(1, 1, 4096, 256) == (4, 256, 4)
+    assert tile_for(1, 1, 4096, 256) == (2, 256, 1)
     for states in (1, 3, 16, 64, 128, 200, 256, 1000):
         for group_size in (1, 2, 7, 64, 4096):
             tile = tile_for(4, 2, group_size, states)
@@ -203,17 +204,20 @@ def test_kernel_compiles_for_a_gpu():
     import minimamba.kernels.selective_state_update as module
 
     names = module.selective_state_update_kernel.arg_names
-    flags = ("HEADS", "SHARED_A", "HAS_D", "HAS_Z", "HAS_BIAS", "SOFTPLUS")
+    flags = ("SHARED_A", "HAS_D", "HAS_Z", "HAS_BIAS", "SOFTPLUS")
     jobs = []
     for half, wide, capability, on in (
         ("bf16", "fp32", 80, True), ("bf16", "fp32", 90, True), ("fp16", "fp32", 90, False), ("fp64", "fp64", 90, True),
     ):  # fmt: skip
-        constants = dict.fromkeys(flags, on) | {"STATES": 16, "BLOCK_N": 16, "BLOCK_D": 64, "DTYPE": wide}
+        constants = dict.fromkeys(flags, on) | {"STATES": 16, "BLOCK_N": 16, "BLOCK_D": 32, "DTYPE": wide}
+        constants |= (
+            {"GROUPS": 2, "GROUP_SIZE": 96, "WIDTH": 48} if on else {"GROUPS": 1, "GROUP_SIZE": 96, "WIDTH": 96}
+        )
         kinds = dict.fromkeys(("x", "dt", "B", "C", "z", "y"), f"*{half}")
         kinds |= dict.fromkeys(("state", "A", "D", "dt_bias"), f"*{wide}")
         signature = {n: kinds.get(n, "i32") for n in names if n not in constants}
         job = {"kernel": (module.__name__, "selective_state_update_kernel"), "signature": signature}
-        jobs.append(job | {"constants": constants, "capability": capability, "num_warps": 4})
+        jobs.append(job | {"constants": constants, "capability": capability, "num_warps": 1})
     for made, asked in zip(compile_kernels(jobs), jobs, strict=True):
         assert f".target sm_{asked['capability']}" in made["ptx"]
         assert made["stack"] == 0

@@ -1,0 +1,96 @@
+"""The one place that chooses tiles and cuts for chapter 11's fast kernels: by rule, not by trial at the first call."""
+
+import functools
+import math
+from typing import NamedTuple
+
+from minimamba.fused_scan import next_power_of_2
+
+EVERY = 64  # steps between checkpoints
+
+
+class Tile(NamedTuple):
+    """A thread holds `states` x `channels`, `lanes` threads hold all states of a channel."""
+
+    steps: int
+    lanes: int
+    states: int
+    channels: int
+    warps: int
+
+    @property
+    def block(self):
+        """Channels of a program."""
+        return self.channels * (32 // self.lanes) * self.warps
+
+    def constants(self, u):
+        steps, lanes, states, channels, warps = self
+        time_first = u.strides[1] == 1 and u.strides[2] != 1
+        return {"TIME_FIRST": time_first, "T": steps, "G": lanes, "K": states, "c": channels, "W": warps}
+
+
+class Plan(NamedTuple):
+    """A tile; steps of a piece, None if sequences stay whole; programs that share the channels of a group."""
+
+    tile: Tile
+    piece_length: int | None
+    programs: int
+
+
+BLOCKS_PER_SLICE = 1  # of channels, that add to one slice of dB and dC where sequences are cut: memory against rounds
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(sequences, length, group_size, states, backward, multiprocessors, shared_memory):
+    """Choose the tile, into pieces of how many steps a sequence is cut, and how many programs share a group's channels.
+
+    `sequences` counts a group of channels of a sequence as one. A thread has 8 numbers to update at each step, so that
+    they hide each other's latency: as many states as fit one load, in several channels. Forward, two tiles are weighed,
+    the second half as wide, and every block of channels is a program. Backward, 8 warps (4 where shared memory is
+    small) sum dB and dC over as many channels as possible, since each program's sums go through memory: those of a
+    group take together at most as much as du does in float32.
+
+    The time of a plan: programs go over the machine in rounds, a round takes as long as the steps of a program, a few
+    more for its start, and where there are pieces a first kernel. Constants measured on an H100: kernels/NOTES.md.
+    """
+    if backward:
+        tiles = {wide(states, 4, 8 if shared_memory >= 200_000 else 4): 1.0}
+        alone, first_kernel = 1.0, 0.2
+    else:
+        tile = wide(states, 16, 4)
+        tiles = {tile: 1.0}
+        if tile.states == 4 and tile.lanes <= 16:
+            tiles[tile._replace(lanes=2 * tile.lanes, states=2)] = 0.56
+        alone, first_kernel = 1.15, 0.7  # a program alone on a multiprocessor leaves it idle now and then
+
+    best_time, best = math.inf, None
+    for tile, cost in tiles.items():
+        tile = fit(tile, group_size)
+        blocks = -(-group_size // tile.block)
+        for pieces in range(1, 65):
+            steps = length if pieces == 1 else -(-length // pieces // EVERY) * EVERY
+            if pieces > 1 and steps >= length:
+                break
+            programs = blocks
+            if backward:
+                slices = blocks if pieces == 1 else -(-blocks // BLOCKS_PER_SLICE)
+                programs = max(1, min(slices, group_size // (2 * states)))
+            rounds = -(-sequences * programs * -(-length // steps) // multiprocessors) * -(-blocks // programs)
+            time = max(rounds, alone) * (steps + 32) * cost * (1.0 if pieces == 1 else 1.0 + first_kernel)
+            if time < best_time:
+                best_time, best = time, Plan(tile, None if pieces == 1 else steps, programs)
+    return best
+
+
+def wide(states, steps, warps):
+    """The tile whose threads have 8 numbers each: as many states as one load brings, of several channels."""
+    padded = next_power_of_2(states)
+    per_thread = min(4, padded) if padded <= 128 else 8
+    return Tile(steps, padded // per_thread, per_thread, 8 // per_thread, warps)
+
+
+def fit(tile, group_size):
+    """Take warps away that would have no channels, or more than shared memory has room for."""
+    while tile.warps > 1 and (tile.block >= 2 * group_size or tile.block > 512):
+        tile = tile._replace(warps=tile.warps // 2)
+    return tile
