@@ -37,9 +37,6 @@ class Plan(NamedTuple):
     programs: int
 
 
-BLOCKS_PER_SLICE = 1  # of channels, that add to one slice of dB and dC where sequences are cut: memory against rounds
-
-
 @functools.lru_cache(maxsize=4096)
 def plan(sequences, length, group_size, states, backward, multiprocessors, shared_memory):
     """Choose the tile, into pieces of how many steps a sequence is cut, and how many programs share a group's channels.
@@ -71,10 +68,7 @@ def plan(sequences, length, group_size, states, backward, multiprocessors, share
             steps = length if pieces == 1 else -(-length // pieces // EVERY) * EVERY
             if pieces > 1 and steps >= length:
                 break
-            programs = blocks
-            if backward:
-                slices = blocks if pieces == 1 else -(-blocks // BLOCKS_PER_SLICE)
-                programs = max(1, min(slices, group_size // (2 * states)))
+            programs = max(1, min(blocks, group_size // (2 * states))) if backward else blocks
             rounds = -(-sequences * programs * -(-length // steps) // multiprocessors) * -(-blocks // programs)
             time = max(rounds, alone) * (steps + 32) * cost * (1.0 if pieces == 1 else 1.0 + first_kernel)
             if time < best_time:
