@@ -1,16 +1,13 @@
 """The fused selective scan again, for speed: every number placed by hand, in Gluon (chapter 11, section 10).
 
-kernels/selective_scan.py says what is computed; this file computes the same with four ideas more:
+1. Time runs in sequence inside a thread, which owns K states of c channels; G threads hold the N = K * G of a channel.
+2. What many threads need (Δ, Δu, B, C) is made once a tile of T steps and read by all from shared memory. While one
+   tile is computed, the next is on its way from global memory.
+3. The sum over the G threads of a channel waits for the end of a tile: one exchange for T steps.
+4. Where channels are few, a sequence is cut into pieces. A first kernel finds what each does to the state entering it.
 
-1. Time runs in sequence inside a thread. A thread owns K states of c neighbouring channels; a warp has G threads
-   side by side for the K * G = N states of a channel. Nothing is scanned across threads.
-2. What every thread of a channel or of a state needs (Δ, Δu, B, C) is made once a tile of T steps and read by
-   all from shared memory. While one tile is computed, the next is on its way from global memory.
-3. The sum over the G threads of a channel waits for the end of a tile, where it costs one exchange for T steps.
-4. Where there are too few channels to fill the machine, a sequence is cut into pieces. A first kernel finds what
-   each piece does to the state that enters it, and the pieces then run side by side.
-
-A layout says which thread holds which element: BlockedLayout([registers], [lanes], [warps], order) by dimension.
+A layout says which thread holds what, by dimension: BlockedLayout([registers], [lanes], [warps], order). A program has
+DL groups of c channels. Barriers around shared memory are the compiler's.
 """
 
 from triton.experimental import gluon
@@ -67,7 +64,7 @@ def sum_layout(T, N, DL, W):
 
 @gluon.jit
 def softplus(x):
-    """max(x, 0) + log(1 + e), e = exp(-|x|). log(1 + e) / e is a minimax polynomial: 1.7e-7 relative for all e <= 1."""
+    """max(x, 0) + log(1 + e), e = exp(-|x|). log(1 + e) / e is a minimax polynomial, good to 1.7e-7 for e <= 1."""
     e = gl.exp2(-gl.abs(x) * LOG2_E)
     p = 0.005232688484910491
     p = p * e - 0.029505216534071198
@@ -83,17 +80,27 @@ def softplus(x):
 
 @gluon.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)) as the square of a reciprocal root: one instruction, where a division takes nine."""
+    """1 / (1 + exp(-x)) as the square of a reciprocal root: two instructions, where a division takes nine."""
     root = gl.rsqrt(1.0 + gl.exp2(-x * LOG2_E))
     return root * root
 
 
 @gluon.jit
+def over_states(x):
+    """(DL, c), a number for each channel, ready to meet the state (G, K, DL, c)."""
+    return x[None, :, :][:, None, :, :]
+
+
+@gluon.jit
+def over_channels(x):
+    """(G, K), a number for each state, ready to meet the state (G, K, DL, c)."""
+    return x[:, :, None][:, :, :, None]
+
+
+@gluon.jit
 def stack(parts, T: gl.constexpr):
-    """T tensors, T a power of two, as one with a last axis of T: a renaming of registers, no instruction."""
-    if T == 1:
-        return gl.expand_dims(parts[0], len(parts[0].shape))
-    elif T == 2:
+    """T tensors, T a power of two from 2 on, as one with a last axis of T: a renaming of registers, no instruction."""
+    if T == 2:
         return gl.join(parts[0], parts[1])
     else:
         pairs = ()
@@ -128,7 +135,7 @@ def piece_of(piece, cu_seqlens, L, sequences, piece_length, pieces, PACKED: gl.c
             for block in range(0, sequences, 256):
                 i = block + gl.arange(0, 256, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
                 border = gl.load(cu_seqlens + i, mask=i < sequences, other=0)
-                mine = (border // piece_length + i <= piece) & (i < sequences)
+                mine = (border // piece_length + i <= piece) & (i < sequences)  # documents that begin here or before
                 sequence += gl.sum(mine.to(gl.int32), axis=0)
             start = gl.load(cu_seqlens + sequence).to(gl.int64)
             first = (start // piece_length).to(gl.int32) + sequence
@@ -151,7 +158,10 @@ def piece_of(piece, cu_seqlens, L, sequences, piece_length, pieces, PACKED: gl.c
 
 @gluon.jit
 def first_checkpoint_of(sequence, start, begin, L, EVERY: gl.constexpr, PACKED: gl.constexpr):
-    """The row of the checkpoint before a piece: each sequence has its own, one for every EVERY steps."""
+    """The row of the checkpoint before a piece: each sequence has its own, one for every EVERY steps of it.
+
+    Pieces begin at one, since piece_length is a multiple of EVERY.
+    """
     if PACKED:
         own = start // EVERY + sequence
     else:
@@ -206,14 +216,14 @@ def selective_scan_forward_kernel(
     # Where this thread's states and channels lie.
     g = gl.arange(0, G, layout=gl.SliceLayout(1, MAP))
     k = gl.arange(0, K, layout=gl.SliceLayout(0, MAP))
-    n = (g[:, None] * K + k[None, :])[:, :, None][:, :, :, None]
+    n = over_channels(g[:, None] * K + k[None, :])
     dl = gl.arange(0, DL, layout=gl.SliceLayout(1, CHANNEL))
     i = gl.arange(0, c, layout=gl.SliceLayout(0, CHANNEL))
     d_row = first_channel + dl[:, None] * c + i[None, :]
     mask_row = d_row < group_size
     d_row = d_row + group * group_size
-    d = d_row[None, :, :][:, None, :, :]
-    mask_state = (n < states) & mask_row[None, :, :][:, None, :, :]
+    d = over_states(d_row)
+    mask_state = (n < states) & over_states(mask_row)
     by_channel = d * states + n  # in (D, N), of A and the states that a user sees
     by_state = n * channels + d  # in (N, D), of what is kept between kernels: neighbours lie side by side
     A_tile = gl.load(A + by_channel, mask=mask_state, other=0.0) * LOG2_E
@@ -226,7 +236,7 @@ def selective_scan_forward_kernel(
                 where = gl.to_tensor(earlier).to(gl.int64) * channels
                 step = gl.load(piece_steps + where + d_row, mask=mask_row, other=0.0)
                 local = gl.load(piece_states + where * states + by_state, mask=mask_state, other=0.0)
-                h = gl.exp2(step[None, :, :][:, None, :, :] * A_tile) * h + local
+                h = gl.exp2(over_states(step) * A_tile) * h + local
 
     # Where the numbers of a tile lie.
     t = gl.arange(0, T, layout=gl.SliceLayout(1, TILE))
@@ -325,12 +335,12 @@ def selective_scan_forward_kernel(
         # Scan: h = Ā h + B̄ u, and this thread's part of C h.
         out_parts = ()
         for s in gl.static_range(T):
-            step_s = step_rows.index(s).load(CHANNEL)[None, :, :][:, None, :, :]
-            x_s = x_rows.index(s).load(CHANNEL)[None, :, :][:, None, :, :]
-            B_s = B_rows.index(s).load(MAP)[:, :, None][:, :, :, None]
+            step_s = over_states(step_rows.index(s).load(CHANNEL))
+            x_s = over_states(x_rows.index(s).load(CHANNEL))
+            B_s = over_channels(B_rows.index(s).load(MAP))
             h = gl.exp2(step_s * A_tile) * h + x_s * B_s
             if not LOCAL:
-                C_s = C_rows.index(s).load(MAP)[:, :, None][:, :, :, None]
+                C_s = over_channels(C_rows.index(s).load(MAP))
                 out_parts = out_parts + (gl.sum(h * C_s, axis=1),)
 
         # Project, skip, gate.
@@ -348,15 +358,15 @@ def selective_scan_forward_kernel(
         gl.store(piece_states + piece_at * states + by_state, h, mask=mask_state)
         gl.store(piece_steps + piece_at + d, gl.sum(steps, axis=0), mask=mask_d)
     else:
-        owner = last & ((begin < stop) | (piece == first_piece))
+        owner = last & ((begin < stop) | (piece == first_piece))  # a spare piece owns nothing
         gl.store(final_state + sequence * channels * states + by_channel, h, mask=mask_state & owner)
 
 
 # --- backward ----------------------------------------------------------------------------------------------
 
 
-# The first kernel for pieces, backwards: what reaches the state before a piece of the gradients of its own outputs.
-# Writes p = A_bar_t g_t at its first step, when nothing comes in behind it, and the sum of its steps.
+# The first kernel for pieces, backwards: what the gradients of a piece's own outputs send to the state before it.
+# Writes p = A_bar_t g_t at the piece's first step, as if nothing came from behind, and the sum of its steps.
 @gluon.jit
 def selective_scan_adjoint_kernel(
     delta, A, C, z, delta_bias, cu_seqlens, grad_y, piece_adjoints, piece_steps,
@@ -390,10 +400,10 @@ def selective_scan_adjoint_kernel(
 
     g = gl.arange(0, G, layout=gl.SliceLayout(1, MAP))
     k = gl.arange(0, K, layout=gl.SliceLayout(0, MAP))
-    n = (g[:, None] * K + k[None, :])[:, :, None][:, :, :, None]
+    n = over_channels(g[:, None] * K + k[None, :])
     dl = gl.arange(0, DL, layout=gl.SliceLayout(1, CHANNEL))
     i = gl.arange(0, c, layout=gl.SliceLayout(0, CHANNEL))
-    d = (first_channel + dl[:, None] * c + i[None, :])[None, :, :][:, None, :, :]
+    d = over_states(first_channel + dl[:, None] * c + i[None, :])
     mask_state = (n < states) & (d < group_size)
     d = d + group * group_size
     A_tile = gl.load(A + d * states + n, mask=mask_state, other=0.0) * LOG2_E
@@ -468,9 +478,9 @@ def selective_scan_adjoint_kernel(
             z_next = gl.load(z + z_at, mask=mask, other=0.0)
 
         for back in gl.static_range(T):
-            step_s = step_rows.index(T - 1 - back).load(CHANNEL)[None, :, :][:, None, :, :]
-            dy_s = dy_rows.index(T - 1 - back).load(CHANNEL)[None, :, :][:, None, :, :]
-            C_s = C_rows.index(T - 1 - back).load(MAP)[:, :, None][:, :, :, None]
+            step_s = over_states(step_rows.index(T - 1 - back).load(CHANNEL))
+            dy_s = over_states(dy_rows.index(T - 1 - back).load(CHANNEL))
+            C_s = over_channels(C_rows.index(T - 1 - back).load(MAP))
             p = gl.exp2(step_s * A_tile) * (dy_s * C_s + p)
 
     piece_at = piece.to(gl.int64) * channels
@@ -481,8 +491,8 @@ def selective_scan_adjoint_kernel(
 # Holds: the states of one tile of T steps and its decays in registers, the state before every tile of EVERY steps in
 # shared memory. Per EVERY steps: forward from the checkpoint, keeping the state before each tile; then the tiles from
 # last to first, each forward once more, keeping all T states, and backward through them.
-# Reads: the forward's inputs twice (z, C, dy once), the checkpoints. Writes: du, ddelta, dz; dB and dC once per
-# program, which adds up its channels first: no atomics, the same bits each run.
+# Reads: u, delta, B twice (but for the last tile of EVERY steps), z, C, dy once, the checkpoints. Writes: du, ddelta,
+# dz; dB and dC once per program, which adds up its channels first: no atomics, the same bits each run.
 @gluon.jit
 def selective_scan_backward_kernel(
     u, delta, A, B, C, D, z, delta_bias, cu_seqlens, checkpoints, grad_y, grad_final_state,
@@ -499,8 +509,8 @@ def selective_scan_backward_kernel(
 ):  # fmt: skip
     """One program: every programs_per_group-th block of channels of one group, for one piece of a sequence.
 
-    dB and dC are (programs_per_group, Batch, L, G, N), and every program fills its slice; dA is (pieces, D, N), dD and
-    ddelta_bias (pieces, D). The caller sums over the first axis.
+    dBC is (2, programs_per_group, Batch, L, groups, N), dB and dC, and every program fills its slice; dA is
+    (pieces, D, N), dD and ddelta_bias (pieces, D). `sum_partials_kernel` adds up what comes from several programs.
     """
     N: gl.constexpr = G * K
     DL: gl.constexpr = 32 // G * W
@@ -515,8 +525,7 @@ def selective_scan_backward_kernel(
     SUMS: gl.constexpr = sum_layout(T, N, DL, W)
     SUM: gl.constexpr = gl.SliceLayout(2, SUMS)  # (2, T, N)
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-
-    # The G rows of a channel go to different banks of shared memory: each is shifted by what a warp writes to one.
+    # Swizzled, so that what a warp writes at once goes to different banks of shared memory.
     CUBE: gl.constexpr = gl.SwizzledSharedLayout(32 // G * c, 1, min(G, W), [2, 1, 0])
     ROWS: gl.constexpr = gl.SwizzledSharedLayout(min(4, N), max(1, 32 // N), max(1, min(8, N // 4)), [3, 2, 1, 0])
     START: gl.constexpr = gl.BlockedLayout([K, 1, c], [1, G, 32 // G], [1, 1, W], [2, 1, 0])
@@ -537,7 +546,7 @@ def selective_scan_backward_kernel(
 
     g = gl.arange(0, G, layout=gl.SliceLayout(1, MAP))
     k = gl.arange(0, K, layout=gl.SliceLayout(0, MAP))
-    n = (g[:, None] * K + k[None, :])[:, :, None][:, :, :, None]
+    n = over_channels(g[:, None] * K + k[None, :])
     dl = gl.arange(0, DL, layout=gl.SliceLayout(1, CHANNEL))
     i = gl.arange(0, c, layout=gl.SliceLayout(0, CHANNEL))
     t = gl.arange(0, T, layout=gl.SliceLayout(1, TILE))
@@ -559,7 +568,7 @@ def selective_scan_backward_kernel(
         z += batch * z_b + begin * z_t
         dz += batch * dz_b + begin * dz_t
     step_stride = (groups * states).to(gl.int64)
-    slice_size = batch_size * L * step_stride
+    slice_size = step_stride * batch_size * L  # in this order: Batch * L alone may pass 2^31
     dBC += program * slice_size + (batch * L + begin) * step_stride + group * states
     B_at = t_map[:, None].to(gl.int64) * B_t + n_map[None, :] * B_n
     C_at = t_map[:, None].to(gl.int64) * C_t + n_map[None, :] * C_n
@@ -571,10 +580,10 @@ def selective_scan_backward_kernel(
     B_shared = gl.allocate_shared_memory(gl.float32, [T, N], PLAIN)
     C_shared = gl.allocate_shared_memory(gl.float32, [T, N], PLAIN)
     starts = gl.allocate_shared_memory(gl.float32, [TILES, K, G, CHANNELS], CUBE)
-    A_shared = gl.allocate_shared_memory(gl.float32, [T, G, CHANNELS], CUBE)
-    B_shared_ = gl.allocate_shared_memory(gl.float32, [T, G, CHANNELS], CUBE)
-    out_shared = gl.allocate_shared_memory(gl.float32, [T, G, CHANNELS], CUBE)
-    map_shared = gl.allocate_shared_memory(gl.float32, [2, T, DL, N], ROWS)
+    through_A_lanes = gl.allocate_shared_memory(gl.float32, [T, G, CHANNELS], CUBE)
+    through_B_lanes = gl.allocate_shared_memory(gl.float32, [T, G, CHANNELS], CUBE)
+    out_lanes = gl.allocate_shared_memory(gl.float32, [T, G, CHANNELS], CUBE)
+    dBC_channels = gl.allocate_shared_memory(gl.float32, [2, T, DL, N], ROWS)
     step_rows = step_shared._reinterpret(gl.float32, [T, DL, c], PLAIN)
     x_rows = x_shared._reinterpret(gl.float32, [T, DL, c], PLAIN)
     dy_rows = dy_shared._reinterpret(gl.float32, [T, DL, c], PLAIN)
@@ -587,8 +596,8 @@ def selective_scan_backward_kernel(
         d_row = first_channel + dl[:, None] * c + i[None, :]
         mask_row = d_row < group_size
         d_row = d_row + group * group_size
-        d = d_row[None, :, :][:, None, :, :]
-        mask_state = (n < states) & mask_row[None, :, :][:, None, :, :]
+        d = over_states(d_row)
+        mask_state = (n < states) & over_states(mask_row)
         by_channel = d * states + n
         by_state = n * channels + d
         A_tile = gl.load(A + by_channel, mask=mask_state, other=0.0) * LOG2_E
@@ -604,7 +613,7 @@ def selective_scan_backward_kernel(
                 later = (piece + behind - j).to(gl.int64)
                 step = gl.load(piece_steps + later * channels + d_row, mask=mask_row, other=0.0)
                 local = gl.load(piece_adjoints + later * channels * states + by_state, mask=mask_state, other=0.0)
-                p = gl.exp2(step[None, :, :][:, None, :, :] * A_tile) * p + local
+                p = gl.exp2(over_states(step) * A_tile) * p + local
 
         # Where the numbers of a tile lie.
         d = first_channel + gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, TILE))
@@ -652,6 +661,7 @@ def selective_scan_backward_kernel(
                 z_next = gl.load(z + at * z_t + z_at, mask=mask_last, other=0.0)
 
             # Forward, keeping the state before each tile.
+            # (states, lanes, channels): what a thread writes at once are its neighbouring channels.
             starts.index(0).store(h.permute([1, 0, 2, 3]).reshape([K, G, CHANNELS]))
             for tile in range(first, final):
                 step = delta_next.to(gl.float32)
@@ -673,9 +683,9 @@ def selective_scan_backward_kernel(
                 B_next = gl.load(B + at * B_t + B_at, mask=mask_map, other=0.0)
 
                 for s in gl.static_range(T):
-                    step_s = step_rows.index(s).load(CHANNEL)[None, :, :][:, None, :, :]
-                    x_s = x_rows.index(s).load(CHANNEL)[None, :, :][:, None, :, :]
-                    B_s = B_rows.index(s).load(MAP)[:, :, None][:, :, :, None]
+                    step_s = over_states(step_rows.index(s).load(CHANNEL))
+                    x_s = over_states(x_rows.index(s).load(CHANNEL))
+                    B_s = over_channels(B_rows.index(s).load(MAP))
                     h = gl.exp2(step_s * A_tile) * h + x_s * B_s
                 starts.index(tile + 1 - first).store(h.permute([1, 0, 2, 3]).reshape([K, G, CHANNELS]))
 
@@ -726,25 +736,25 @@ def selective_scan_backward_kernel(
                 hs = (h,)
                 out_parts = ()
                 for s in gl.static_range(T):
-                    step_s = step_rows.index(s).load(CHANNEL)[None, :, :][:, None, :, :]
-                    x_s = x_rows.index(s).load(CHANNEL)[None, :, :][:, None, :, :]
-                    B_s = B_rows.index(s).load(MAP)[:, :, None][:, :, :, None]
+                    step_s = over_states(step_rows.index(s).load(CHANNEL))
+                    x_s = over_states(x_rows.index(s).load(CHANNEL))
+                    B_s = over_channels(B_rows.index(s).load(MAP))
                     A_bar = gl.exp2(step_s * A_tile)
                     h = A_bar * h + x_s * B_s
                     decays = decays + (A_bar,)
                     hs = hs + (h,)
                     if HAS_Z:
-                        C_s = C_rows.index(s).load(MAP)[:, :, None][:, :, :, None]
+                        C_s = over_channels(C_rows.index(s).load(MAP))
                         out_parts = out_parts + (gl.sum(h * C_s, axis=1),)
 
                 # Backward: g_t = C_t dy_t + p, p = A_bar_t g_t (chapter 09). p h_{t-1} feeds dΔ and dA.
-                A_parts, B_parts, dB_parts, dC_parts = (), (), (), ()
+                A_parts, B_parts, dB_parts, dC_parts = (), (), (), ()  # tuples: registers have no index
                 for back in gl.static_range(T):
-                    step_s = step_rows.index(T - 1 - back).load(CHANNEL)[None, :, :][:, None, :, :]
-                    x_s = x_rows.index(T - 1 - back).load(CHANNEL)[None, :, :][:, None, :, :]
-                    dy_s = dy_rows.index(T - 1 - back).load(CHANNEL)[None, :, :][:, None, :, :]
-                    B_s = B_rows.index(T - 1 - back).load(MAP)[:, :, None][:, :, :, None]
-                    C_s = C_rows.index(T - 1 - back).load(MAP)[:, :, None][:, :, :, None]
+                    step_s = over_states(step_rows.index(T - 1 - back).load(CHANNEL))
+                    x_s = over_states(x_rows.index(T - 1 - back).load(CHANNEL))
+                    dy_s = over_states(dy_rows.index(T - 1 - back).load(CHANNEL))
+                    B_s = over_channels(B_rows.index(T - 1 - back).load(MAP))
+                    C_s = over_channels(C_rows.index(T - 1 - back).load(MAP))
                     g_s = dy_s * C_s + p
                     p = decays[T - 1 - back] * g_s
                     p_h = p * hs[T - 1 - back]
@@ -753,22 +763,23 @@ def selective_scan_backward_kernel(
                     B_parts = (gl.sum(g_s * B_s, axis=1),) + B_parts
                     dB_parts = (gl.sum(g_s * x_s, axis=3),) + dB_parts
                     dC_parts = (gl.sum(hs[T - back] * dy_s, axis=3),) + dC_parts
-                # Sums over the G threads of a channel, and over the channels of this program for dB and dC.
-                A_shared.store(by_lane(A_parts, T, G, CHANNELS))
-                B_shared_.store(by_lane(B_parts, T, G, CHANNELS))
+
+                # Sums over the G threads of a channel, and over this program's channels for dB and dC.
+                through_A_lanes.store(by_lane(A_parts, T, G, CHANNELS))
+                through_B_lanes.store(by_lane(B_parts, T, G, CHANNELS))
                 if HAS_Z:
-                    out_shared.store(by_lane(out_parts, T, G, CHANNELS))
+                    out_lanes.store(by_lane(out_parts, T, G, CHANNELS))
                 maps = gl.join(stack(dB_parts, T), stack(dC_parts, T)).reshape([N, DL, T, 2])
-                map_shared.store(maps.permute([3, 2, 1, 0]))
-                through_A = gl.sum(A_shared.load(LANES), axis=1)
-                through_B = gl.sum(B_shared_.load(LANES), axis=1)
+                dBC_channels.store(maps.permute([3, 2, 1, 0]))
+                through_A = gl.sum(through_A_lanes.load(LANES), axis=1)
+                through_B = gl.sum(through_B_lanes.load(LANES), axis=1)
                 if HAS_Z:
-                    out = gl.sum(out_shared.load(LANES), axis=1)
+                    out = gl.sum(out_lanes.load(LANES), axis=1)
                     if HAS_D:
                         out += D_row[None, :] * u_tile
                     gl.store(dz + at * dz_t + dz_at, (dgate * out).to(dz.dtype.element_ty), mask=mask_now)
                 du_tile = through_B * step
-                ddelta_tile = through_A * LN_2 + through_B * u_tile
+                ddelta_tile = through_A * LN_2 + through_B * u_tile  # A_tile is A log2(e)
                 if HAS_D:
                     du_tile += D_row[None, :] * dy
                     dD_sum += dy * u_tile
@@ -781,7 +792,7 @@ def selective_scan_backward_kernel(
                     ddelta + at * ddelta_t + ddelta_at, ddelta_tile.to(ddelta.dtype.element_ty), mask=mask_now
                 )  # fmt: skip
 
-                sums = gl.sum(map_shared.load(SUMS), axis=2)
+                sums = gl.sum(dBC_channels.load(SUMS), axis=2)
                 at_sum = dBC + at * step_stride + sum_at
                 # This program's first block of channels writes, the others add.
                 sums += gl.load(at_sum, mask=mask_sum & (block != program), other=0.0)
@@ -815,7 +826,7 @@ def sum_partials_kernel(
     if block < B_blocks:
         sum_rows(part_dBC, dB, programs, block, B_size, BLOCK)
     elif block < B_blocks + C_blocks:
-        sum_rows(part_dBC + programs * B_size.to(gl.int64), dC, programs, block - B_blocks, C_size, BLOCK)
+        sum_rows(part_dBC + gl.to_tensor(programs).to(gl.int64) * B_size, dC, programs, block - B_blocks, C_size, BLOCK)
     elif block < B_blocks + C_blocks + A_blocks:
         sum_rows(part_dA, dA, pieces, block - B_blocks - C_blocks, A_size, BLOCK)
     else:

@@ -6,6 +6,7 @@ validated tensors and never sees autograd. A faster scan is a new backend here, 
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from minimamba import cpu_scan, fast_scan, fused_scan
@@ -13,13 +14,15 @@ from minimamba._validation import document_borders
 from minimamba.triton_scan import TRITON_IS_INSTALLED
 
 BACKENDS = {"cpu": cpu_scan, "triton": fast_scan, "fused": fused_scan}  # the last for chapter 11 to compare with
+_PLAIN = (Tensor, torch.nn.Parameter)  # of other kinds nobody knows what their memory holds
 
 
 def selective_scan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, method):
     """Run the scan by the backend `method`. -> y, final_state; differentiable."""
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    if traced(u):
+    if traced(*tensors, cu_seqlens):
+        refuse_forward_mode(method, *tensors)
         run = _forward
     else:  # the call of an operator takes longer than a small scan
         run = _Scan.apply if save else _forward_now
@@ -154,6 +157,8 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y, grad_final_state, _):
+        if traced(grad_y, grad_final_state):
+            return _autograd(ctx, grad_y, grad_final_state, _)
         *tensors, checkpoints = ctx.saved_tensors
         if grad_y is None:
             grad_y = torch.zeros_like(tensors[0])
@@ -214,18 +219,31 @@ def _per_channel(B, shape):
     return B if len(shape) == 2 else B[:, :, None]
 
 
-def traced(tensor):
-    """Whether something records or replaces the operators that a call with `tensor` makes, so that it must make one."""
+def traced(*tensors):
+    """Whether something records, replaces or differentiates in its own way the operators that a call with `tensors` (or
+    None) makes, so that it must make one: torch.compile, a tracer, a mode, torch.func, forward AD, a subclass.
+    """
     return (
         torch.compiler.is_compiling()
-        or type(tensor) not in (Tensor, torch.nn.Parameter)
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or any([x is not None and (type(x) not in _PLAIN or x.is_neg()) for x in tensors])
     )
 
 
-def nothing_listens(tensor):
-    """Whether an operator may be bypassed: nothing traces, differentiates or wraps a call with `tensor`."""
-    return not torch.is_grad_enabled() and not traced(tensor)
+def refuse_forward_mode(method, *tensors):
+    """Raise NotImplementedError if one of `tensors` has a tangent, which an operator would drop without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(f"method: {method!r} has no forward-mode derivative (jvp)")
+
+
+def nothing_listens(*tensors):
+    """Whether an operator may be bypassed: nothing traces, differentiates or wraps a call with `tensors`."""
+    return not torch.is_grad_enabled() and not traced(*tensors)
 
 
 def _capturing(u):

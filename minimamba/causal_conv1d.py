@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from minimamba._operators import _capturing, traced
+from minimamba._operators import _capturing, refuse_forward_mode, traced
 from minimamba._validation import document_borders
 from minimamba.conv_plan import kind, plan_backward, plan_forward, plan_update, strides_like, wide
 from minimamba.triton_scan import TRITON_IS_INSTALLED
@@ -15,7 +15,8 @@ def convolve(x, weight, bias, initial_state, cu_seqlens, silu, return_final_stat
     """Run by `method`, "cpu" or "triton", on validated arguments. -> y, final_state (empty or None unless asked for)"""
     if method == "cpu":
         run = _in_torch
-    elif traced(x):
+    elif traced(x, weight, bias, initial_state, cu_seqlens):
+        refuse_forward_mode(method, x, weight, bias, initial_state)
         run = _forward
     else:  # the call of an operator takes longer than a small convolution
         tensors = (x, weight, bias, initial_state)
@@ -179,6 +180,8 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y, grad_final_state):
+        if traced(grad_y, grad_final_state):
+            return _autograd(ctx, grad_y, grad_final_state)
         gradients = _backward_now(grad_y, grad_final_state, *ctx.saved_tensors, ctx.silu)
         return (*gradients, None, None, None)
 

@@ -11,7 +11,7 @@ import torch
 
 from minimamba import fused_scan
 from minimamba.fused_scan import contiguous
-from minimamba.scan_plan import EVERY, fit, plan, wide
+from minimamba.scan_plan import EVERY, first_backward_tile, plan
 from minimamba.triton_scan import Launch
 
 SUM_BLOCK = 512  # numbers a program of the last kernel sums up
@@ -34,6 +34,7 @@ def serves(u, A, B, C):
 
 @functools.cache
 def _has_gluon(device):
+    """Whether Gluon has what these kernels need on this GPU."""
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -75,7 +76,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delt
 def _forward_launches(kinds, device, delta_softplus, save):
     from minimamba.kernels.selective_scan_fast import selective_scan_forward_kernel
 
-    u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens = kinds
+    u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens = _named(kinds)
     cut = _Cut(u, A, B, cu_seqlens, *_machine(device), backward=False)
     numbers = (*cut.numbers, *u.strides, *delta.strides, *_strides(z), *u.dense, *_map_strides(B), *_map_strides(C))
     launches = [
@@ -143,14 +144,13 @@ def backward(
 def _backward_launches(kinds, device, delta_softplus):
     from minimamba.kernels import selective_scan_fast as kernels
 
-    u, delta, A, B, C, D, z, delta_bias, cu_seqlens, grad_y, grad_final_state = kinds
+    u, delta, A, B, C, D, z, delta_bias, cu_seqlens, grad_y, grad_final_state = _named(kinds)
     cut = _Cut(u, A, B, cu_seqlens, *_machine(device), backward=True)
     options = {
         "HAS_Z": z is not None, "HAS_BIAS": delta_bias is not None, "SOFTPLUS": delta_softplus,
         "PACKED": cu_seqlens is not None,
     }  # fmt: skip
-    # The first kernel keeps no states, so it does better with the forward pass's tile.
-    tile = fit(wide(A.shape[1], 16, 4), cut.group_size)
+    tile = first_backward_tile(A.shape[1], cut.group_size)
     blocks = -(-cut.group_size // tile.block)
     lengths, channels, states, group_size, blocks_per_group, *pieces = cut.numbers
     adjoint = Launch(
@@ -190,7 +190,12 @@ class _Kind(NamedTuple):
 
 
 def _kinds(*tensors):
-    return tuple([None if x is None else _Kind(x.dtype, x.shape, x.stride()) for x in tensors])
+    """A key of what a launch depends on; plain tuples, since it is made at every call."""
+    return tuple([None if x is None else (x.dtype, x.shape, x.stride()) for x in tensors])
+
+
+def _named(kinds):
+    return [None if kind is None else _Kind(*kind) for kind in kinds]
 
 
 class _Cut:

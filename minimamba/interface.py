@@ -119,7 +119,7 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
     Source: state-spaces/mamba, `mamba_ssm.ops.triton.selective_state_update`.
     """
     check_once(check_update_arguments, state, x, dt, A, B, C, D, z, dt_bias)
-    if _operators.nothing_listens(state):
+    if _operators.nothing_listens(state, x, dt, A, B, C, D, z, dt_bias):
         torch.autograd.graph.increment_version(state)
         return _operators.update_now(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
     return _operators.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
@@ -204,7 +204,7 @@ def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None):
     """
     check_once(check_conv_update_arguments, x, conv_state, weight, bias)
     check_option("activation", activation, ACTIVATIONS)
-    if _operators.nothing_listens(conv_state):
+    if _operators.nothing_listens(x, conv_state, weight, bias):
         torch.autograd.graph.increment_version(conv_state)
         return update_now(x, conv_state, weight, bias, activation is not None)
     return update(x, conv_state, weight, bias, activation is not None)

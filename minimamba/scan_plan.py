@@ -43,15 +43,16 @@ def plan(sequences, length, group_size, states, backward, multiprocessors, share
 
     `sequences` counts a group of channels of a sequence as one. A thread has 8 numbers to update at each step, so that
     they hide each other's latency: as many states as fit one load, in several channels. Forward, two tiles are weighed,
-    the second half as wide, and every block of channels is a program. Backward, 8 warps (4 where shared memory is
-    small) sum dB and dC over as many channels as possible, since each program's sums go through memory: those of a
+    the second half as wide, and every block of channels is a program. Backward, 8 warps (4 or 2 where shared memory
+    is small) sum dB and dC over as many channels as possible, since each program's sums go through memory: those of a
     group take together at most as much as du does in float32.
 
-    The time of a plan: programs go over the machine in rounds, a round takes as long as the steps of a program, a few
-    more for its start, and where there are pieces a first kernel. Constants measured on an H100: kernels/NOTES.md.
+    The time of a plan goes with the programs of the busiest multiprocessor times their steps, a few more for each
+    start, and where there are pieces a first kernel. Constants measured on an H100: kernels/NOTES.md.
     """
     if backward:
-        tiles = {wide(states, 4, 8 if shared_memory >= 200_000 else 4): 1.0}
+        warps = 8 if shared_memory >= 200_000 else 4 if shared_memory >= 120_000 or states <= 128 else 2
+        tiles = {wide(states, 4, warps): 1.0}
         alone, first_kernel = 1.0, 0.2
     else:
         tile = wide(states, 16, 4)
@@ -64,16 +65,22 @@ def plan(sequences, length, group_size, states, backward, multiprocessors, share
     for tile, cost in tiles.items():
         tile = fit(tile, group_size)
         blocks = -(-group_size // tile.block)
-        for pieces in range(1, 65):
+        for pieces in range(1, 65):  # more than 64 would start more than they save
             steps = length if pieces == 1 else -(-length // pieces // EVERY) * EVERY
             if pieces > 1 and steps >= length:
                 break
             programs = max(1, min(blocks, group_size // (2 * states))) if backward else blocks
-            rounds = -(-sequences * programs * -(-length // steps) // multiprocessors) * -(-blocks // programs)
-            time = max(rounds, alone) * (steps + 32) * cost * (1.0 if pieces == 1 else 1.0 + first_kernel)
+            # What the busiest multiprocessor has to do, in blocks of channels of a piece.
+            busiest = -(-sequences * programs * -(-length // steps) // multiprocessors) * -(-blocks // programs)
+            time = max(busiest, alone) * (steps + 32) * cost * (1.0 if pieces == 1 else 1.0 + first_kernel)
             if time < best_time:
                 best_time, best = time, Plan(tile, None if pieces == 1 else steps, programs)
     return best
+
+
+def first_backward_tile(states, group_size):
+    """The tile of the backward pass's first kernel, which keeps no states: the forward pass's."""
+    return fit(wide(states, 16, 4), group_size)
 
 
 def wide(states, steps, warps):
@@ -84,7 +91,7 @@ def wide(states, steps, warps):
 
 
 def fit(tile, group_size):
-    """Take warps away that would have no channels, or more than shared memory has room for."""
+    """Take warps away that would have no channels, or, with few states, more than shared memory has room for."""
     while tile.warps > 1 and (tile.block >= 2 * group_size or tile.block > 512):
         tile = tile._replace(warps=tile.warps // 2)
     return tile

@@ -193,3 +193,26 @@ def test_kernels_compile_for_a_gpu(kernels, capability):
         assert made["shared"] <= shared
         if asked["kernel"][1] == "selective_scan_forward_kernel":
             assert made["stack"] == 0
+
+
+def test_many_states_fit_small_shared_memory(kernels):
+    """An RTX 3090 or 4090 has 99 KB for a program, where an A100 has 163."""
+    names = kernels.selective_scan_backward_kernel.arg_names
+    tile = fast_scan.plan(1, 1000, 512, 256, True, 84, 101_376)[0]
+    values = dict(zip("TGKcW", tile, strict=True)) | {"EVERY": 64}
+    values |= {n: True for n in names if n.isupper() and len(n) > 1 and n not in values}
+    types = signature([n for n in names if n not in values], "bf16", "fp32")
+    types |= {n: "i32" for n in types if n in ("sequences", "piece_length", "pieces", "batch_size")}
+    made = triton_scan.compile_kernel(
+        (NAME, "selective_scan_backward_kernel"), types, values, capability=80, num_warps=tile.warps
+    )
+    assert made["shared"] <= 101_376
+
+
+def test_the_sums_compile_where_every_size_is_one(kernels):
+    """Triton takes an argument that is 1 as a constant, which has not all that a number has."""
+    names = kernels.sum_partials_kernel.arg_names
+    ones = {n: 1 for n in names if n in ("programs", "pieces") or n.endswith("_size")}
+    values = ones | {"HAS_D": True, "HAS_BIAS": True, "BLOCK": 512}
+    types = {n: "*fp32" for n in names if n not in values}
+    assert triton_scan.compile_kernel((NAME, "sum_partials_kernel"), types, values)["ptx"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from problems import make
 
-from minimamba import _operators, selective_scan, selective_state_update
+from minimamba import _operators, causal_conv1d, selective_scan, selective_state_update
 
 
 @pytest.fixture(autouse=True)
@@ -83,3 +83,73 @@ def test_the_step_compiles():
     torch.testing.assert_close(compiled(state, *arguments), selective_state_update(other, *arguments))
     assert state.abs().sum() > 0
     torch.testing.assert_close(state, other)
+
+
+# Where nothing records or replaces operators a kernel is called without one. Elsewhere it must not be.
+
+
+def five(dtype=torch.float64):
+    return [make(length=6).tensors[name].to(dtype) for name in ("u", "delta", "A", "B", "C")]
+
+
+def test_a_trace_holds_the_operator():
+    u, *others = five()
+    traced = torch.jit.trace(lambda x: selective_scan(x, *others, method="cpu"), u)
+    torch.testing.assert_close(traced(3 * u), selective_scan(3 * u, *others, method="cpu"))
+
+
+@pytest.mark.parametrize("k", range(5))
+def test_a_negated_view_is_not_read_as_it_lies(k):
+    tensors = five()
+    expected = selective_scan(*tensors, method="cpu")
+    tensors[k] = torch._neg_view(-tensors[k])
+    torch.testing.assert_close(selective_scan(*tensors, method="cpu"), expected)
+
+
+@pytest.mark.parametrize("k", range(5))
+def test_any_argument_may_be_of_a_subclass_without_memory(k):
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    tensors = five()
+    expected = selective_scan(*tensors, method="cpu")
+    tensors[k] = TwoTensor(tensors[k], tensors[k].clone())
+    torch.testing.assert_close(selective_scan(*tensors, method="cpu").a, expected)
+
+
+@pytest.mark.parametrize("k", range(5))
+def test_forward_mode_is_refused_and_not_zero(k):
+    tensors = five()
+
+    def scan(x):
+        return selective_scan(*tensors[:k], x, *tensors[k + 1 :], method="cpu")
+
+    with pytest.raises(NotImplementedError, match=r"^method: .*forward-mode"):
+        torch.func.jvp(scan, (tensors[k],), (tensors[k],))
+    with torch.autograd.forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match=r"^method: .*forward-mode"):
+            scan(torch.autograd.forward_ad.make_dual(tensors[k], tensors[k]))
+        torch.testing.assert_close(scan(tensors[k]), selective_scan(*tensors, method="sequential"))
+
+
+def test_vmap_runs_the_operator_for_each():
+    u, *others = five()
+    batch = torch.stack([u, 2 * u])
+    result = torch.vmap(lambda x: selective_scan(x, *others, method="cpu"))(batch)
+    torch.testing.assert_close(result[1], selective_scan(2 * u, *others, method="cpu"))
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_mode_sees_the_backward_pass(scan):
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    u, *others = five()
+    u.requires_grad_()
+    y = selective_scan(u, *others, method="cpu") if scan else causal_conv1d(u, others[1], method="triton")
+    with Watch():
+        y.sum().backward()
+    assert any("backward" in name for name in seen if name.startswith("minimamba"))
