@@ -225,7 +225,7 @@ def selective_scan_forward_kernel(
     d = over_states(d_row)
     mask_state = (n < states) & over_states(mask_row)
     by_channel = d * states + n  # in (D, N), of A and the states that a user sees
-    by_state = n * channels + d  # in (N, D), of what is kept between kernels: neighbours lie side by side
+    by_state = n.to(gl.int64) * channels + d  # in (N, D), of what is kept between kernels: neighbours lie side by side
     A_tile = gl.load(A + by_channel, mask=mask_state, other=0.0) * LOG2_E
     h = gl.zeros([G, K, DL, c], gl.float32, STATE)
     if not LOCAL:
@@ -290,6 +290,7 @@ def selective_scan_forward_kernel(
             z_next = gl.load(z + z_at, mask=mask, other=0.0)
     checkpoint = first_checkpoint_of(sequence, start, begin, L, EVERY, PACKED)
 
+    tile_steps = gl.to_tensor(T).to(gl.int64)  # a stride in time can be as long as a batch
     for tile in range(gl.cdiv(length, T)):
         if SAVE:
             keep = mask_state & (tile % (EVERY // T) == 0)
@@ -316,9 +317,9 @@ def selective_scan_forward_kernel(
         mask_now = mask
 
         # The next tile sets off.
-        u += T * u_t
-        delta += T * delta_t
-        B += T * B_t
+        u += tile_steps * u_t
+        delta += tile_steps * delta_t
+        B += tile_steps * B_t
         left = length - (tile + 1) * T
         mask = (t < left)[:, None] & mask_d[None, :]
         mask_map = (t_map < left)[:, None] & mask_n[None, :]
@@ -326,10 +327,10 @@ def selective_scan_forward_kernel(
         delta_next = gl.load(delta + delta_at, mask=mask, other=0.0)
         B_next = gl.load(B + B_at, mask=mask_map, other=0.0)
         if not LOCAL:
-            C += T * C_t
+            C += tile_steps * C_t
             C_next = gl.load(C + C_at, mask=mask_map, other=0.0)
             if HAS_Z:
-                z += T * z_t
+                z += tile_steps * z_t
                 z_next = gl.load(z + z_at, mask=mask, other=0.0)
 
         # Scan: h = Ā h + B̄ u, and this thread's part of C h.
@@ -351,7 +352,7 @@ def selective_scan_forward_kernel(
             if HAS_Z:
                 out *= z_tile * sigmoid(z_tile)
             gl.store(y + y_at, out.to(y.dtype.element_ty), mask=mask_now)
-            y += T * y_t
+            y += tile_steps * y_t
 
     if LOCAL:
         piece_at = piece.to(gl.int64) * channels
@@ -407,7 +408,7 @@ def selective_scan_adjoint_kernel(
     mask_state = (n < states) & (d < group_size)
     d = d + group * group_size
     A_tile = gl.load(A + d * states + n, mask=mask_state, other=0.0) * LOG2_E
-    by_state = n * channels + d
+    by_state = n.to(gl.int64) * channels + d
 
     t = gl.arange(0, T, layout=gl.SliceLayout(1, TILE))
     d = first_channel + gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, TILE))
@@ -448,6 +449,7 @@ def selective_scan_adjoint_kernel(
         z_next = gl.load(z + z_at, mask=mask, other=0.0)
     steps = gl.zeros([T, CHANNELS], gl.float32, TILE)
     p = gl.zeros([G, K, DL, c], gl.float32, STATE)
+    tile_steps = gl.to_tensor(T).to(gl.int64)
     for tile in range(tiles):
         step = delta_next.to(gl.float32)
         if HAS_BIAS:
@@ -465,16 +467,16 @@ def selective_scan_adjoint_kernel(
         C_shared.store(C_next.to(gl.float32))
 
         more = tile + 1 < tiles
-        delta -= T * delta_t
-        grad_y -= T * grad_y_t
-        C -= T * C_t
+        delta -= tile_steps * delta_t
+        grad_y -= tile_steps * grad_y_t
+        C -= tile_steps * C_t
         mask = (t < T)[:, None] & mask_d[None, :] & more
         mask_map = (t_map < T)[:, None] & mask_n[None, :] & more
         delta_next = gl.load(delta + delta_at, mask=mask, other=0.0)
         dy_next = gl.load(grad_y + grad_y_at, mask=mask, other=0.0)
         C_next = gl.load(C + C_at, mask=mask_map, other=0.0)
         if HAS_Z:
-            z -= T * z_t
+            z -= tile_steps * z_t
             z_next = gl.load(z + z_at, mask=mask, other=0.0)
 
         for back in gl.static_range(T):
@@ -599,7 +601,7 @@ def selective_scan_backward_kernel(
         d = over_states(d_row)
         mask_state = (n < states) & over_states(mask_row)
         by_channel = d * states + n
-        by_state = n * channels + d
+        by_state = n.to(gl.int64) * channels + d
         A_tile = gl.load(A + by_channel, mask=mask_state, other=0.0) * LOG2_E
 
         # The adjoint that enters from behind: p = A_bar_{t+1} g_{t+1}.

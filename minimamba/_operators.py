@@ -220,8 +220,9 @@ def _per_channel(B, shape):
 
 
 def traced(*tensors):
-    """Whether something records, replaces or differentiates in its own way the operators that a call with `tensors` (or
-    None) makes, so that it must make one: torch.compile, a tracer, a mode, torch.func, forward AD, a subclass.
+    """Whether a call with `tensors` (or None) must make an operator, since something looks at the operators it makes.
+
+    That is torch.compile, a tracer, a mode, torch.func, forward AD, a subclass of Tensor or a meta tensor.
     """
     return (
         torch.compiler.is_compiling()
@@ -229,7 +230,7 @@ def traced(*tensors):
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or any([x is not None and (type(x) not in _PLAIN or x.is_neg()) for x in tensors])
+        or any([x is not None and (type(x) not in _PLAIN or x.is_meta or x.is_neg()) for x in tensors])
     )
 
 

@@ -276,7 +276,7 @@ def _under_autocast(u, delta, A, B, C, D, z, delta_bias, initial_state):
     """Cast as autocast does for a matrix product, but keep what the state is made of in float32."""
     arguments = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     device = u.device.type if isinstance(u, torch.Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return arguments
     low = torch.get_autocast_dtype(device)
 
@@ -288,7 +288,7 @@ def _under_autocast(u, delta, A, B, C, D, z, delta_bias, initial_state):
 def _conv_under_autocast(x, weight, bias, initial_state):
     """Cast x and the state as autocast does; a filter stays as it came if it is float32, which costs nothing."""
     device = x.device.type if isinstance(x, torch.Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return x, weight, bias, initial_state
     low = torch.get_autocast_dtype(device)
     filters = (w if w is None or w.dtype == torch.float32 else _cast(w, low) for w in (weight, bias))

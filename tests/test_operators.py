@@ -153,3 +153,11 @@ def test_a_mode_sees_the_backward_pass(scan):
     with Watch():
         y.sum().backward()
     assert any("backward" in name for name in seen if name.startswith("minimamba"))
+
+
+@pytest.mark.parametrize("documents", [None, 2])
+def test_meta_tensors_give_shapes(documents):
+    problem = make(length=6, documents=documents).to(torch.float32, "meta")
+    y, state = problem.run(selective_scan, method="cpu")
+    assert y.is_meta and y.shape == problem.tensors["u"].shape
+    assert state.is_meta and state.shape == problem.tensors["initial_state"].shape
