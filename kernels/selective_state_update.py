@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from minimamba.kernels.selective_scan import sigmoid, softplus
 from minimamba.triton_scan import Launch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -80,25 +81,6 @@ def _strides(x, axes, first=1):
         return (0,) * axes
     strides = x.stride()
     return strides if len(strides) == axes else (*strides[:first], 0, *strides[first:])
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + exp(x)), to full precision also where exp(x) is far below 1.
-
-    log1p(e) = log(w) e / (w - 1) with w = 1 + e as rounded: its rounding error cancels (Kahan).
-    """
-    e = tl.exp(-tl.abs(x))
-    w = 1.0 + e
-    log1p = tl.where(w == 1.0, e, tl.log(w) * (e / tl.where(w == 1.0, 1.0, w - 1.0)))
-    return tl.where(x > 0, x, 0.0) + log1p
-
-
-@triton.jit
-def sigmoid(x):
-    """1 / (1 + exp(-x)), without overflow at either end."""
-    e = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
 
 
 # Holds: one tile of the state. Reads and writes it once, and reads A (D x N, from a cache after the first entry of
