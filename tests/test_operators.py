@@ -92,6 +92,7 @@ def five(dtype=torch.float64):
     return [make(length=6).tensors[name].to(dtype) for name in ("u", "delta", "A", "B", "C")]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_a_trace_holds_the_operator():
     u, *others = five()
     traced = torch.jit.trace(lambda x: selective_scan(x, *others, method="cpu"), u)
