@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from minimamba import cpu_scan, fast_scan, fused_scan
+from minimamba import cpu_scan, fast_scan
 from minimamba._validation import document_borders
 from minimamba.triton_scan import TRITON_IS_INSTALLED
 
-BACKENDS = {"cpu": cpu_scan, "triton": fast_scan, "fused": fused_scan}  # the last for chapter 11 to compare with
+BACKENDS = {"cpu": cpu_scan, "triton": fast_scan}
 _PLAIN = (Tensor, torch.nn.Parameter)  # of other kinds nobody knows what their memory holds
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from minimamba.triton_scan import Launch, require_triton
+from minimamba.triton_scan import Launch, next_power_of_2, require_triton
 
 STEPS = 8  # rows that a thread loads at once, as in the kernels
 
@@ -31,14 +31,14 @@ def tile_for(steps, sequences, channels, element_size, *, time_last=False, backw
     rounds = -(-steps // STEPS)
     lines = (2 if element_size == 8 else 4) // (2 if time_last else 1)
     if time_last:
-        segments = min(32, _next_power_of_2(rounds))
-        block = min(_next_power_of_2(channels), 128 * lines // segments)
+        segments = min(32, next_power_of_2(rounds))
+        block = min(next_power_of_2(channels), 128 * lines // segments)
     else:
-        block = min(_next_power_of_2(channels), 32 * lines)
-        segments = min(_next_power_of_2(rounds), 128 * lines // block)
+        block = min(next_power_of_2(channels), 32 * lines)
+        segments = min(next_power_of_2(rounds), 128 * lines // block)
     work = sequences * rounds * channels // (32 * lines)  # rounds of all warps together
-    longest = _next_power_of_2(-(-rounds // segments))
-    iterations = min(64, longest, _next_power_of_2(work // (8192 if backward else 16384)))
+    longest = next_power_of_2(-(-rounds // segments))
+    iterations = min(64, longest, next_power_of_2(max(1, work // (8192 if backward else 16384))))
     return Tile(block, segments, iterations, warps=max(1, segments * block // (32 * lines)))
 
 
@@ -80,7 +80,7 @@ def plan_backward(x, weight, bias, initial_state, cu_seqlens, silu, grad_y, grad
     flags |= {"HAS_GRAD_FINAL_STATE": grad_final_state is not None}
     numbers = (*sizes, *x[1], *grad_y[1], *strides, *weight[1], *_strides(initial_state), *_strides(grad_final_state))
     launch = Launch(kernel, programs * constants["BLOCKS"], numbers, warps, **flags, **constants)
-    block = min(32, _next_power_of_2(channels))
+    block = min(32, next_power_of_2(channels))
     blocks = -(-channels // block)
     launch_sum = Launch(
         sum_partial_kernel, blocks * (width + has_bias), (programs, channels, blocks), 4,
@@ -121,7 +121,7 @@ def plan_update(x, conv_state, weight, bias, silu):
     from minimamba.kernels.causal_conv1d import causal_conv1d_update_kernel as kernel
 
     batch, channels = x[0]
-    block = min(256, _next_power_of_2(channels))
+    block = min(256, next_power_of_2(channels))
     blocks = -(-channels // block)
     return Launch(
         kernel, batch * blocks, (channels, *x[1], channels, *conv_state[1], *weight[1]), max(1, block // 64),
@@ -150,7 +150,3 @@ def wide(dtype):
 
 def _strides(kind):
     return (0, 0, 0) if kind is None else kind[1]
-
-
-def _next_power_of_2(n):
-    return 1 << max(0, n - 1).bit_length()

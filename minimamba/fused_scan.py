@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from minimamba.triton_scan import require_triton
+from minimamba.triton_scan import next_power_of_2, require_triton
 
 
 class Tile(NamedTuple):
@@ -238,7 +238,3 @@ def programs_per_group(group_size, blocks_per_group, states):
     du in float32.
     """
     return max(1, min(blocks_per_group, group_size // (2 * states)))
-
-
-def next_power_of_2(n):
-    return 1 << (n - 1).bit_length()

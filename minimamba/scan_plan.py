@@ -4,7 +4,8 @@ import functools
 import math
 from typing import NamedTuple
 
-from minimamba.fused_scan import next_power_of_2
+from minimamba.fused_scan import programs_per_group
+from minimamba.triton_scan import next_power_of_2
 
 EVERY = 64  # steps between checkpoints
 
@@ -69,7 +70,7 @@ def plan(sequences, length, group_size, states, backward, multiprocessors, share
             steps = length if pieces == 1 else -(-length // pieces // EVERY) * EVERY
             if pieces > 1 and steps >= length:
                 break
-            programs = max(1, min(blocks, group_size // (2 * states))) if backward else blocks
+            programs = programs_per_group(group_size, blocks, states) if backward else blocks
             # What the busiest multiprocessor has to do, in blocks of channels of a piece.
             busiest = -(-sequences * programs * -(-length // steps) // multiprocessors) * -(-blocks // programs)
             time = max(busiest, alone) * (steps + 32) * cost * (1.0 if pieces == 1 else 1.0 + first_kernel)

@@ -51,7 +51,7 @@ def scan_one_block(a, b):
 
     a, b = a.contiguous(), b.contiguous()
     h = torch.empty_like(b)
-    scan_one_block_kernel[(1,)](a, b, h, len(b), BLOCK=max(16, _next_power_of_2(len(b))))
+    scan_one_block_kernel[(1,)](a, b, h, len(b), BLOCK=max(16, next_power_of_2(len(b))))
     return h
 
 
@@ -71,7 +71,7 @@ def scan_blocks_with_carry(a, b, block=64):
 
 def block_size(length):
     """Steps a program holds at once: all of a short sequence, at most 1024 of a long one."""
-    return min(1024, max(16, _next_power_of_2(length)))
+    return min(1024, max(16, next_power_of_2(length)))
 
 
 # --- can a kernel run here? ----------------------------------------------------------------------------
@@ -230,5 +230,5 @@ def _compute_dtype(x):
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
-def _next_power_of_2(n):
+def next_power_of_2(n):
     return 1 << (n - 1).bit_length()
