@@ -66,7 +66,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delt
         cut, launches = _forward_launches(_kinds(*inputs), u.device, delta_softplus, save)
         final_state = A.new_empty(cut.sequences, *A.shape)
         checkpoints = A.new_empty(checkpoint_shape(u, A, B, C, cu_seqlens) if save else 0)
-        piece_states, piece_steps = cut.buffers(A)
+        piece_states, piece_steps = _parts(A, cut.rooms)
         for launch in launches:
             launch(*inputs, y, final_state, checkpoints, piece_states, piece_steps)
     return y, final_state, checkpoints
@@ -119,23 +119,19 @@ def backward(
     A, D, delta_bias, grad_final_state = contiguous(A, D, delta_bias, grad_final_state)
     kinds = _kinds(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, grad_y, grad_final_state)
     with torch.cuda.device_of(u):
-        cut, adjoint, main, sums = _backward_launches(kinds, u.device, delta_softplus)
-        # What each program, or each piece, sums up by itself; and the sums of these.
-        part_dBC = A.new_empty(2, cut.programs_per_group, *u.shape[:2], cut.groups, A.shape[1])
-        part_dA, part_dD, part_dbias = (
-            None if x is None else A.new_empty(cut.pieces, *x.shape) for x in (A, D, delta_bias)
-        )
-        du, ddelta, dA, dB, dC, dD, dz, dbias = (
-            None if x is None else x.new_empty(x.shape) for x in (u, delta, A, B, C, D, z, delta_bias)
-        )
-        dinitial_state = A.new_empty(cut.sequences, *A.shape)
-        piece_adjoints, piece_steps = cut.buffers(A)
+        cut, rooms, adjoint, main, sums = _backward_launches(kinds, u.device, delta_softplus)
+        # What the first kernel leaves for the second, and what each program, or each piece, sums up by itself.
+        piece_adjoints, piece_steps, part_dBC, part_dA, part_dD, part_dbias = _parts(A, rooms)
         if cut.split:
             adjoint(delta, A, C, z, delta_bias, cu_seqlens, grad_y, piece_adjoints, piece_steps)
+        du, ddelta, dz = _empty_like(u, delta, z)
+        dinitial_state = A.new_empty(cut.sequences, *A.shape)
         main(
             u, delta, A, B, C, D, z, delta_bias, cu_seqlens, checkpoints, grad_y, grad_final_state,
             piece_adjoints, piece_steps, du, ddelta, part_dA, part_dBC, part_dD, dz, part_dbias, dinitial_state,
         )  # fmt: skip
+        # The sums of these; made only now, while the GPU is busy.
+        dA, dB, dC, dD, dbias = _empty_like(A, B, C, D, delta_bias)
         sums(part_dBC, part_dA, part_dD, part_dbias, dB, dC, dA, dD, dbias)
     return du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial_state
 
@@ -173,7 +169,23 @@ def _backward_launches(kinds, device, delta_softplus):
         kernels.sum_partials_kernel, sum(-(-n // SUM_BLOCK) for n in columns), (programs, cut.pieces, *columns), 4,
         HAS_D=D is not None, HAS_BIAS=delta_bias is not None, BLOCK=SUM_BLOCK,
     )  # fmt: skip
-    return cut, adjoint, main, sums
+    columns_of_pieces = [cut.pieces * n for n in columns[2:]]
+    rooms = (*cut.rooms, programs * (columns[0] + columns[1]), *columns_of_pieces)
+    return cut, rooms, adjoint, main, sums
+
+
+def _parts(A, rooms):
+    """Cut one new tensor into parts of so many numbers, each beginning at a multiple of 16 bytes.
+
+    One, because a small scan takes less time than the six allocations would.
+    """
+    rooms = [-(-room // 4) * 4 for room in rooms]
+    return A.new_empty(sum(rooms)).split(rooms)
+
+
+def _empty_like(*tensors):
+    """Room for a gradient of each tensor, contiguous; None for None."""
+    return [None if x is None else x.new_empty(x.shape) for x in tensors]
 
 
 class _Kind(NamedTuple):
@@ -224,12 +236,8 @@ class _Cut:
             self.pieces = length // piece_length + self.sequences
         counts = (length, channels, states, self.group_size, blocks_per_group)
         self.numbers = (*counts, self.sequences, piece_length or length, pieces)
-
-    def buffers(self, A):
-        """Room for what the first kernel leaves for the second: a state and a sum of steps for each piece."""
-        if not self.split:
-            return None, None
-        return A.new_empty(self.pieces, A.shape[1], A.shape[0]), A.new_empty(self.pieces, A.shape[0])
+        # Room for what the first kernel leaves for the second: a state and a sum of steps for each piece.
+        self.rooms = (self.pieces * channels * states, self.pieces * channels) if self.split else (0, 0)
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from minimamba.causal_conv1d import convolve, update, update_now
 from minimamba.triton_scan import TRITON_IS_INSTALLED
 
 ACTIVATIONS = (None, "silu", "swish")
+AUTOCASTS = [d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(d)]  # Dynamo cannot ask
 METHODS = ("auto", "sequential", "hillis_steele", "blelloch", "chunked", "cpu", "triton")
 
 
@@ -275,11 +276,9 @@ def _time_second(B):
 def _under_autocast(u, delta, A, B, C, D, z, delta_bias, initial_state):
     """Cast as autocast does for a matrix product, but keep what the state is made of in float32."""
     arguments = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    device = u.device.type if isinstance(u, torch.Tensor) else "cpu"
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    low = _autocast_dtype(u)
+    if low is None:
         return arguments
-    low = torch.get_autocast_dtype(device)
-
     # delta stays as it came: it may be float32 by choice, and float32 costs the scan nothing.
     dtypes = (low, None, torch.float32, low, low, torch.float32, low, torch.float32, torch.float32)
     return tuple(x if dtype is None else _cast(x, dtype) for x, dtype in zip(arguments, dtypes, strict=True))
@@ -287,12 +286,17 @@ def _under_autocast(u, delta, A, B, C, D, z, delta_bias, initial_state):
 
 def _conv_under_autocast(x, weight, bias, initial_state):
     """Cast x and the state as autocast does; a filter stays as it came if it is float32, which costs nothing."""
-    device = x.device.type if isinstance(x, torch.Tensor) else "cpu"
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    low = _autocast_dtype(x)
+    if low is None:
         return x, weight, bias, initial_state
-    low = torch.get_autocast_dtype(device)
     filters = (w if w is None or w.dtype == torch.float32 else _cast(w, low) for w in (weight, bias))
     return _cast(x, low), *filters, _cast(initial_state, low)
+
+
+def _autocast_dtype(x):
+    """Return the dtype of autocast where it is on for x's device, else None."""
+    device = x.device.type if isinstance(x, torch.Tensor) else "cpu"
+    return torch.get_autocast_dtype(device) if device in AUTOCASTS and torch.is_autocast_enabled(device) else None
 
 
 def _cast(x, dtype):

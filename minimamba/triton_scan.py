@@ -117,14 +117,16 @@ class Launch:
         self.compiled = {}
 
     def __call__(self, *tensors):
-        aligned = tuple([x is None or x.data_ptr() % 16 == 0 for x in tensors])
+        # Of a tensor Triton asks the driver where it lies; an address it takes as it is.
+        addresses = [None if x is None else x.data_ptr() for x in tensors]
+        aligned = tuple([x is None or x % 16 == 0 for x in addresses])
         compiled = self.compiled.get(aligned)
         if compiled is None:
             self.compiled[aligned] = self.kernel[(self.programs,)](
                 *tensors, *self.numbers, **self.constants, num_warps=self.warps
             )
         else:
-            compiled[(self.programs, 1, 1)](*tensors, *self.rest)
+            compiled[(self.programs, 1, 1)](*addresses, *self.rest)
 
 
 def load_ipython_extension(ipython):
