@@ -491,10 +491,10 @@ def selective_scan_adjoint_kernel(
 
 
 # Holds: the states of one tile of T steps and its decays in registers, the state before every tile of EVERY steps in
-# shared memory. Per EVERY steps: forward from the checkpoint, keeping the state before each tile; then the tiles from
-# last to first, each forward once more, keeping all T states, and backward through them.
-# Reads: u, delta, B twice (but for the last tile of EVERY steps), z, C, dy once, the checkpoints. Writes: du, ddelta,
-# dz; dB and dC once per program, which adds up its channels first: no atomics, the same bits each run.
+# shared memory. Per EVERY steps: forth from the checkpoint, two tiles at a time, keeping the state before each; then
+# the tiles from last to first, each forth once more, keeping all T states, and back through them.
+# Reads: u, delta, B twice, z, C, dy once, the checkpoints. Writes: du, ddelta, dz; dB and dC once per program, which
+# adds up its channels first: no atomics, the same bits each run.
 @gluon.jit
 def selective_scan_backward_kernel(
     u, delta, A, B, C, D, z, delta_bias, cu_seqlens, checkpoints, grad_y, grad_final_state,
@@ -524,6 +524,9 @@ def selective_scan_backward_kernel(
     LANES: gl.constexpr = tile_layout(T, G, CHANNELS, W, TIME_FIRST)
     TILE: gl.constexpr = gl.SliceLayout(1, LANES)
     MAPS: gl.constexpr = map_layout(T, N, W)
+    PAIR: gl.constexpr = 2 * T  # steps on the way forth between two waits of all warps for each other
+    PAIR_TILE: gl.constexpr = gl.SliceLayout(1, tile_layout(PAIR, 1, CHANNELS, W, TIME_FIRST))
+    PAIR_MAPS: gl.constexpr = map_layout(PAIR, N, W)
     SUMS: gl.constexpr = sum_layout(T, N, DL, W)
     SUM: gl.constexpr = gl.SliceLayout(2, SUMS)  # (2, T, N)
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -555,6 +558,10 @@ def selective_scan_backward_kernel(
     t_map = gl.arange(0, T, layout=gl.SliceLayout(1, MAPS))
     n_map = gl.arange(0, N, layout=gl.SliceLayout(0, MAPS))
     mask_n = n_map < states
+    t_pair = gl.arange(0, PAIR, layout=gl.SliceLayout(1, PAIR_TILE))
+    t_pair_map = gl.arange(0, PAIR, layout=gl.SliceLayout(1, PAIR_MAPS))
+    n_pair = gl.arange(0, N, layout=gl.SliceLayout(0, PAIR_MAPS))
+    mask_n_pair = n_pair < states
     which = gl.arange(0, 2, layout=gl.SliceLayout(1, gl.SliceLayout(2, SUM)))[:, None][:, :, None]
     t_sum = gl.arange(0, T, layout=gl.SliceLayout(0, gl.SliceLayout(2, SUM)))[None, :][:, :, None]
     n_sum = gl.arange(0, N, layout=gl.SliceLayout(0, gl.SliceLayout(1, SUM)))[None, :][:, None, :]
@@ -572,6 +579,7 @@ def selective_scan_backward_kernel(
     step_stride = (groups * states).to(gl.int64)
     slice_size = step_stride * batch_size * L  # in this order: Batch * L alone may pass 2^31
     dBC += program * slice_size + (batch * L + begin) * step_stride + group * states
+    B_pair_at = t_pair_map[:, None].to(gl.int64) * B_t + n_pair[None, :] * B_n
     B_at = t_map[:, None].to(gl.int64) * B_t + n_map[None, :] * B_n
     C_at = t_map[:, None].to(gl.int64) * C_t + n_map[None, :] * C_n
     sum_at = which * (programs_per_group * slice_size) + t_sum * step_stride + n_sum
@@ -582,10 +590,6 @@ def selective_scan_backward_kernel(
     B_shared = gl.allocate_shared_memory(gl.float32, [T, N], PLAIN)
     C_shared = gl.allocate_shared_memory(gl.float32, [T, N], PLAIN)
     starts = gl.allocate_shared_memory(gl.float32, [TILES, K, G, CHANNELS], CUBE)
-    through_A_lanes = gl.allocate_shared_memory(gl.float32, [T, G, CHANNELS], CUBE)
-    through_B_lanes = gl.allocate_shared_memory(gl.float32, [T, G, CHANNELS], CUBE)
-    out_lanes = gl.allocate_shared_memory(gl.float32, [T, G, CHANNELS], CUBE)
-    dBC_channels = gl.allocate_shared_memory(gl.float32, [2, T, DL, N], ROWS)
     step_rows = step_shared._reinterpret(gl.float32, [T, DL, c], PLAIN)
     x_rows = x_shared._reinterpret(gl.float32, [T, DL, c], PLAIN)
     dy_rows = dy_shared._reinterpret(gl.float32, [T, DL, c], PLAIN)
@@ -617,10 +621,15 @@ def selective_scan_backward_kernel(
                 local = gl.load(piece_adjoints + later * channels * states + by_state, mask=mask_state, other=0.0)
                 p = gl.exp2(over_states(step) * A_tile) * p + local
 
-        # Where the numbers of a tile lie.
+        # Where the numbers of a tile lie, and those of a pair of tiles.
         d = first_channel + gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, TILE))
         mask_d = d < group_size
         d = d + group * group_size
+        d_pair = first_channel + gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, PAIR_TILE))
+        mask_d_pair = d_pair < group_size
+        d_pair = d_pair + group * group_size
+        u_pair_at = t_pair[:, None].to(gl.int64) * u_t + d_pair[None, :] * u_d
+        delta_pair_at = t_pair[:, None].to(gl.int64) * delta_t + d_pair[None, :] * delta_d
         u_at = t[:, None].to(gl.int64) * u_t + d[None, :] * u_d
         delta_at = t[:, None].to(gl.int64) * delta_t + d[None, :] * delta_d
         grad_y_at = t[:, None].to(gl.int64) * grad_y_t + d[None, :] * grad_y_d
@@ -634,6 +643,7 @@ def selective_scan_backward_kernel(
             dD_sum = gl.zeros([T, CHANNELS], gl.float32, TILE)
         if HAS_BIAS:
             bias = gl.load(delta_bias + d, mask=mask_d, other=0.0)
+            bias_pair = gl.load(delta_bias + d_pair, mask=mask_d_pair, other=0.0)
             dbias_sum = gl.zeros([T, CHANNELS], gl.float32, TILE)
         dA_sum = gl.zeros([G, K, DL, c], gl.float32, STATE)
 
@@ -645,51 +655,63 @@ def selective_scan_backward_kernel(
             where = (first_checkpoint + chunk) * channels * states
             h = gl.load(checkpoints + where + by_state, mask=mask_state, other=0.0)
 
-            # Of the chunk's first tile what the way forward needs, of its last what the way back needs beyond that.
+            # What the way forth needs of the chunk's first pair of tiles, and the way back of its last tile.
             at = first.to(gl.int64) * T
             left = length - first * T
+            mask_pair = (t_pair < left)[:, None] & mask_d_pair[None, :]
+            mask_map_pair = (t_pair_map < left)[:, None] & mask_n_pair[None, :]
+            u_forth = gl.load(u + at * u_t + u_pair_at, mask=mask_pair, other=0.0)
+            delta_forth = gl.load(delta + at * delta_t + delta_pair_at, mask=mask_pair, other=0.0)
+            B_forth = gl.load(B + at * B_t + B_pair_at, mask=mask_map_pair, other=0.0)
+            at = final.to(gl.int64) * T
+            left = length - final * T
             mask = (t < left)[:, None] & mask_d[None, :]
             mask_map = (t_map < left)[:, None] & mask_n[None, :]
             u_next = gl.load(u + at * u_t + u_at, mask=mask, other=0.0)
             delta_next = gl.load(delta + at * delta_t + delta_at, mask=mask, other=0.0)
+            dy_next = gl.load(grad_y + at * grad_y_t + grad_y_at, mask=mask, other=0.0)
             B_next = gl.load(B + at * B_t + B_at, mask=mask_map, other=0.0)
-            at = final.to(gl.int64) * T
-            left = length - final * T
-            mask_last = (t < left)[:, None] & mask_d[None, :]
-            mask_map = (t_map < left)[:, None] & mask_n[None, :]
-            dy_next = gl.load(grad_y + at * grad_y_t + grad_y_at, mask=mask_last, other=0.0)
             C_next = gl.load(C + at * C_t + C_at, mask=mask_map, other=0.0)
             if HAS_Z:
-                z_next = gl.load(z + at * z_t + z_at, mask=mask_last, other=0.0)
+                z_next = gl.load(z + at * z_t + z_at, mask=mask, other=0.0)
 
-            # Forward, keeping the state before each tile.
-            # (states, lanes, channels): what a thread writes at once are its neighbouring channels.
-            starts.index(0).store(h.permute([1, 0, 2, 3]).reshape([K, G, CHANNELS]))
-            for tile in range(first, final):
-                step = delta_next.to(gl.float32)
+            # Forth, keeping the state before each tile. What is allocated here and what the way back allocates for its
+            # sums are never needed at once, and share their memory.
+            step_pair = gl.allocate_shared_memory(gl.float32, [PAIR, CHANNELS], PLAIN)
+            x_pair = gl.allocate_shared_memory(gl.float32, [PAIR, CHANNELS], PLAIN)
+            B_pair = gl.allocate_shared_memory(gl.float32, [PAIR, N], PLAIN)
+            step_pair_rows = step_pair._reinterpret(gl.float32, [PAIR, DL, c], PLAIN)
+            x_pair_rows = x_pair._reinterpret(gl.float32, [PAIR, DL, c], PLAIN)
+            B_pair_rows = B_pair._reinterpret(gl.float32, [PAIR, G, K], PLAIN)
+            for pair in range(gl.cdiv(count, 2)):
+                step = delta_forth.to(gl.float32)
                 if HAS_BIAS:
-                    step += bias[None, :]
+                    step += bias_pair[None, :]
                 if SOFTPLUS:
                     step = softplus(step)
-                step = gl.where(mask, step, 0.0)
-                step_shared.store(step)
-                x_shared.store(step * u_next.to(gl.float32))
-                B_shared.store(B_next.to(gl.float32))
+                step = gl.where(mask_pair, step, 0.0)
+                step_pair.store(step)
+                x_pair.store(step * u_forth.to(gl.float32))
+                B_pair.store(B_forth.to(gl.float32))
 
-                at = gl.to_tensor(tile + 1).to(gl.int64) * T
-                left = length - (tile + 1) * T
-                mask = (t < left)[:, None] & mask_d[None, :]
-                mask_map = (t_map < left)[:, None] & mask_n[None, :]
-                u_next = gl.load(u + at * u_t + u_at, mask=mask, other=0.0)
-                delta_next = gl.load(delta + at * delta_t + delta_at, mask=mask, other=0.0)
-                B_next = gl.load(B + at * B_t + B_at, mask=mask_map, other=0.0)
+                next_tile = first + 2 * (pair + 1)
+                at = next_tile.to(gl.int64) * T
+                left = gl.minimum(length, (final + 1) * T) - next_tile * T
+                mask_pair = (t_pair < left)[:, None] & mask_d_pair[None, :]
+                mask_map_pair = (t_pair_map < left)[:, None] & mask_n_pair[None, :]
+                u_forth = gl.load(u + at * u_t + u_pair_at, mask=mask_pair, other=0.0)
+                delta_forth = gl.load(delta + at * delta_t + delta_pair_at, mask=mask_pair, other=0.0)
+                B_forth = gl.load(B + at * B_t + B_pair_at, mask=mask_map_pair, other=0.0)
 
-                for s in gl.static_range(T):
-                    step_s = over_states(step_rows.index(s).load(CHANNEL))
-                    x_s = over_states(x_rows.index(s).load(CHANNEL))
-                    B_s = over_channels(B_rows.index(s).load(MAP))
+                for s in gl.static_range(PAIR):
+                    if s % T == 0:
+                        # (states, lanes, channels): what a thread writes at once are its neighbouring channels.
+                        before = h.permute([1, 0, 2, 3]).reshape([K, G, CHANNELS])
+                        starts.index(2 * pair + s // T).store(before)
+                    step_s = over_states(step_pair_rows.index(s).load(CHANNEL))
+                    x_s = over_states(x_pair_rows.index(s).load(CHANNEL))
+                    B_s = over_channels(B_pair_rows.index(s).load(MAP))
                     h = gl.exp2(step_s * A_tile) * h + x_s * B_s
-                starts.index(tile + 1 - first).store(h.permute([1, 0, 2, 3]).reshape([K, G, CHANNELS]))
 
             for m in range(count):
                 tile = final - m
@@ -767,6 +789,10 @@ def selective_scan_backward_kernel(
                     dC_parts = (gl.sum(hs[T - back] * dy_s, axis=3),) + dC_parts
 
                 # Sums over the G threads of a channel, and over this program's channels for dB and dC.
+                through_A_lanes = gl.allocate_shared_memory(gl.float32, [T, G, CHANNELS], CUBE)
+                through_B_lanes = gl.allocate_shared_memory(gl.float32, [T, G, CHANNELS], CUBE)
+                out_lanes = gl.allocate_shared_memory(gl.float32, [T, G, CHANNELS], CUBE)
+                dBC_channels = gl.allocate_shared_memory(gl.float32, [2, T, DL, N], ROWS)
                 through_A_lanes.store(by_lane(A_parts, T, G, CHANNELS))
                 through_B_lanes.store(by_lane(B_parts, T, G, CHANNELS))
                 if HAS_Z:

@@ -2,7 +2,7 @@
 
 import torch
 
-from minimamba import _operators, parallel_scan, sequential_scan
+from minimamba import _autocast, _operators, parallel_scan, sequential_scan
 from minimamba._validation import (
     check_conv_arguments,
     check_conv_update_arguments,
@@ -18,7 +18,6 @@ from minimamba.causal_conv1d import convolve, update, update_now
 from minimamba.triton_scan import TRITON_IS_INSTALLED
 
 ACTIVATIONS = (None, "silu", "swish")
-AUTOCASTS = [d for d in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(d)]  # Dynamo cannot ask
 METHODS = ("auto", "sequential", "hillis_steele", "blelloch", "chunked", "cpu", "triton")
 
 
@@ -70,7 +69,7 @@ def selective_scan(
 
     Source: Mamba (Gu and Dao, 2023), Algorithm 2 and equation 2a; packed rows as in flash-attention.
     """
-    u, delta, A, B, C, D, z, delta_bias, initial_state = _under_autocast(
+    u, delta, A, B, C, D, z, delta_bias, initial_state = _autocast.scan_arguments(
         u, delta, A, B, C, D, z, delta_bias, initial_state
     )
     check_once(check_scan_arguments, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
@@ -156,7 +155,7 @@ def causal_conv1d(
 
     Source: Mamba (Gu and Dao, 2023), section 3.4 and figure 3; H3 (Fu et al., 2022) for the short convolution.
     """
-    x, weight, bias, initial_state = _conv_under_autocast(x, weight, bias, initial_state)
+    x, weight, bias, initial_state = _autocast.conv_arguments(x, weight, bias, initial_state)
     check_once(check_conv_arguments, x, weight, bias, initial_state, cu_seqlens)
     check_option("activation", activation, ACTIVATIONS)
     check_option("method", method, ("auto", "cpu", "triton"))
@@ -271,34 +270,3 @@ def _grouped(B, shape):
 def _time_second(B):
     """(B, N, L) -> (B, L, N), (B, G, N, L) -> (B, L, G, N); a constant (D, N) stays."""
     return B if B.ndim == 2 else B.movedim(-1, 1)
-
-
-def _under_autocast(u, delta, A, B, C, D, z, delta_bias, initial_state):
-    """Cast as autocast does for a matrix product, but keep what the state is made of in float32."""
-    arguments = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    low = _autocast_dtype(u)
-    if low is None:
-        return arguments
-    # delta stays as it came: it may be float32 by choice, and float32 costs the scan nothing.
-    dtypes = (low, None, torch.float32, low, low, torch.float32, low, torch.float32, torch.float32)
-    return tuple(x if dtype is None else _cast(x, dtype) for x, dtype in zip(arguments, dtypes, strict=True))
-
-
-def _conv_under_autocast(x, weight, bias, initial_state):
-    """Cast x and the state as autocast does; a filter stays as it came if it is float32, which costs nothing."""
-    low = _autocast_dtype(x)
-    if low is None:
-        return x, weight, bias, initial_state
-    filters = (w if w is None or w.dtype == torch.float32 else _cast(w, low) for w in (weight, bias))
-    return _cast(x, low), *filters, _cast(initial_state, low)
-
-
-def _autocast_dtype(x):
-    """Return the dtype of autocast where it is on for x's device, else None."""
-    device = x.device.type if isinstance(x, torch.Tensor) else "cpu"
-    return torch.get_autocast_dtype(device) if device in AUTOCASTS and torch.is_autocast_enabled(device) else None
-
-
-def _cast(x, dtype):
-    castable = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64
-    return x.to(dtype) if castable else x

@@ -52,7 +52,7 @@ def plan(sequences, length, group_size, states, backward, multiprocessors, share
     start, and where there are pieces a first kernel. Constants measured on an H100: kernels/NOTES.md.
     """
     if backward:
-        warps = 8 if shared_memory >= 200_000 else 4 if shared_memory >= 120_000 or states <= 128 else 2
+        warps = 8 if shared_memory >= 200_000 else 4 if shared_memory >= 120_000 or 4 < states <= 128 else 2
         tiles = {wide(states, 4, warps): 1.0}
         alone, first_kernel = 1.0, 0.2
     else:
@@ -85,14 +85,17 @@ def first_backward_tile(states, group_size):
 
 
 def wide(states, steps, warps):
-    """The tile whose threads have 8 numbers each: as many states as one load brings, of several channels."""
-    padded = next_power_of_2(states)
-    per_thread = min(4, padded) if padded <= 128 else 8
+    """The tile whose threads have 8 numbers each: as many states as one load brings, of several channels.
+
+    One or two states are padded to four: with more channels instead, a program would be too wide for shared memory.
+    """
+    padded = max(4, next_power_of_2(states))
+    per_thread = 4 if padded <= 128 else 8
     return Tile(steps, padded // per_thread, per_thread, 8 // per_thread, warps)
 
 
 def fit(tile, group_size):
-    """Take warps away that would have no channels, or, with few states, more than shared memory has room for."""
-    while tile.warps > 1 and (tile.block >= 2 * group_size or tile.block > 512):
+    """Take warps away that would have no channels."""
+    while tile.warps > 1 and tile.block >= 2 * group_size:
         tile = tile._replace(warps=tile.warps // 2)
     return tile

@@ -137,9 +137,9 @@ def test_precision_of_tiny_and_huge_steps(fast):
 def test_a_plan_covers_everything(backward, sequences, length, group_size, states):
     tile, piece, programs = fast_scan.plan(sequences, length, group_size, states, backward, *H100)
     assert 1 <= programs <= -(-group_size // tile.block)
-    assert tile.lanes * tile.states >= states and tile.lanes * tile.states < 2 * states
+    assert tile.lanes * tile.states >= states and tile.lanes * tile.states < max(2 * states, 5)
     assert tile.warps == 1 or tile.block < 2 * group_size
-    assert tile.block <= 512 or tile.warps == 1
+    assert tile.block <= 512
     assert piece is None or (piece % fast_scan.EVERY == 0 and 0 < piece < length)
 
 
@@ -195,10 +195,11 @@ def test_kernels_compile_for_a_gpu(kernels, capability):
             assert made["stack"] == 0
 
 
-def test_many_states_fit_small_shared_memory(kernels):
+@pytest.mark.parametrize("states", [4, 8, 256])
+def test_few_and_many_states_fit_small_shared_memory(kernels, states):
     """An RTX 3090 or 4090 has 99 KB for a program, where an A100 has 163."""
     names = kernels.selective_scan_backward_kernel.arg_names
-    tile = fast_scan.plan(1, 1000, 512, 256, True, 84, 101_376)[0]
+    tile = fast_scan.plan(1, 1000, 512, states, True, 84, 101_376)[0]
     values = dict(zip("TGKcW", tile, strict=True)) | {"EVERY": 64}
     values |= {n: True for n in names if n.isupper() and len(n) > 1 and n not in values}
     types = signature([n for n in names if n not in values], "bf16", "fp32")
