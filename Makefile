@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 NOTEBOOKS ?= $(sort $(wildcard notebooks/[0-9]*.ipynb))
 
-.PHONY: lab test test-code test-notebooks lint format notebooks clean
+.PHONY: lab test test-code test-notebooks lint format notebooks classify clean
 
 lab: $(INSTALLED)  ## open the chapters in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=notebooks
@@ -30,6 +30,12 @@ notebooks: $(INSTALLED)  ## NOTEBOOKS=notebooks/02_discretization.ipynb for one 
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
 	    --ExecutePreprocessor.timeout=300 --log-level=WARN $(NOTEBOOKS)
 	$(BIN)/python notebooks/clean.py $(NOTEBOOKS)
+
+# Half an hour on two cores. One thread: the layers are small.
+CLASSIFY := OMP_NUM_THREADS=1 $(BIN)/python -m minimamba.sequence_classifier --device cpu --init lin inv legs real random
+classify: $(INSTALLED)  ## train chapter 05's models again: notebooks/results/digits.json and japanese_vowels.json
+	$(CLASSIFY) s4 --seed 0 1 2 --dataset japanese_vowels --save notebooks/results/japanese_vowels.json
+	$(CLASSIFY) --seed 0 1 --dataset digits --save notebooks/results/digits.json
 
 # The font cache is built here, or matplotlib would announce it inside somebody's first notebook.
 $(INSTALLED): requirements.txt pyproject.toml

@@ -14,7 +14,6 @@ bytes are the peak that one pass adds to its inputs. null: did not fit into memo
 import argparse
 import datetime
 import inspect
-import json
 import os
 import platform
 import statistics
@@ -31,6 +30,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 import minimamba
+from minimamba._results import device_name, save
 
 CPU_SHAPES = [(1, 1024, 1536, 16), (8, 128, 256, 16)]
 GPU_SHAPES = [
@@ -415,7 +415,7 @@ def about(device, suites):
     gpu = device == "cuda"
     versions = {name: _version(name) for name in ("torch", "triton", *PEERS)}
     return {
-        "device": torch.cuda.get_device_name() if gpu else _processor(),
+        "device": device_name(device),
         "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
         "cuda": torch.version.cuda if gpu else None,
         "compiler": None if gpu else _first_line(os.environ.get("CC") or "cc", "--version"),
@@ -436,26 +436,11 @@ def _version(name):
         return "unknown"
 
 
-def _processor():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def _first_line(*command):
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         return None
-
-
-def save(path, results):
-    """Write to a temporary name and rename, so that no reader meets half a file."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def main():

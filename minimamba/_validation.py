@@ -31,6 +31,15 @@ def check_shape(name, value, expected):
         raise ValueError(f"{name}: expected shape {_show(expected)}, got {_show(shape)}")
 
 
+def check_counts(**counts):
+    """Raise TypeError or ValueError unless every argument is an int of at least 1."""
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
 def check_positive_sizes(name, value, letters):
     """Raise ValueError if one of the sizes of `value`, called by `letters`, is zero."""
     for letter, size in zip(letters, value.shape, strict=True):

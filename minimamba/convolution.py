@@ -14,7 +14,7 @@ sections 2.3 and 2.4.
 import torch
 import torch.nn.functional as F
 
-from minimamba._validation import check_numbers, check_positive_sizes, check_shape
+from minimamba._validation import check_counts, check_numbers, check_positive_sizes, check_shape
 
 
 def run_recurrent(u, A_bar, B_bar, C, D=None, initial_state=None):
@@ -148,10 +148,7 @@ def _check_system(A_bar, B_bar, C, length=1):
     if tuple(A_bar.shape) not in (diagonal, dense):
         raise ValueError(f"A_bar: expected shape {dense} (dense) or {diagonal} (diagonal), got {tuple(A_bar.shape)}")
     check_shape("C", C, diagonal)
-    if not isinstance(length, int) or isinstance(length, bool):
-        raise TypeError(f"length: expected an int, got {type(length).__name__}")
-    if length < 1:
-        raise ValueError(f"length: expected at least 1, got {length}")
+    check_counts(length=length)
     return A_bar, B_bar, C
 
 

@@ -58,6 +58,7 @@ def test_the_wheel_imports_from_a_folder_that_is_not_the_repository(wheel, tmp_p
     for path in [*(ROOT / "kernels").glob("*.py"), *(ROOT / "kernels").glob("*.c")]:
         assert (tmp_path / "site" / "minimamba" / "kernels" / path.name).is_file()
     assert (tmp_path / "site" / "minimamba" / "book.mplstyle").is_file()
+    assert (tmp_path / "site" / "minimamba" / "data" / "JapaneseVowels_TRAIN.ts").is_file()
     imports = "; ".join(
         [f"import minimamba.{name}" for name in MODULES if not name.startswith("__")]
         + [f"import minimamba.kernels.{path.stem}" for path in sorted((ROOT / "kernels").glob("*.py"))]
