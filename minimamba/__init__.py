@@ -25,10 +25,13 @@ from minimamba.interface import (  # noqa: E402
     selective_scan_fn,
     selective_state_update,
 )
+from minimamba.mamba_block import Mamba, MambaCache  # noqa: E402
 from minimamba.selective_ssm import SelectiveSSM  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
+    "Mamba",
+    "MambaCache",
     "SelectiveSSM",
     "causal_conv1d",
     "causal_conv1d_fn",

@@ -1,11 +1,13 @@
 """Chapter 06: the selective state space layer. Δ, B and C come from the input."""
 
+import contextlib
 import math
 
 import torch
 from torch import nn
 from torch.nn.functional import softplus
 
+from minimamba._autocast import autocast_dtype, widen
 from minimamba._validation import check_option, check_shape, check_tensor
 from minimamba.interface import METHODS, selective_scan, selective_state_update
 
@@ -61,7 +63,7 @@ class SelectiveSSM(nn.Module):
         """Run whole sequences u (B, L, d_model); states (B, d_model, d_state) as in `selective_scan`."""
         dt, B, C = self._project(u)
         return selective_scan(
-            u, dt, self.A, B, C, _wide(self.D), delta_softplus=True, initial_state=initial_state,
+            u, dt, self.A, B, C, widen(self.D), delta_softplus=True, initial_state=initial_state,
             return_final_state=return_final_state, cu_seqlens=cu_seqlens, method=self.method,
         )  # fmt: skip
 
@@ -77,12 +79,12 @@ class SelectiveSSM(nn.Module):
         check_tensor("u", u, dtypes=dtypes, device=self.A_log.device, like=" (the layer's)")
         check_shape("u", u, ("...",) * (u.ndim - 1) + (self.d_model,))
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return self.dt_proj(dt), B, C
+        return apply_dt_proj(self.dt_proj, dt), B, C
 
     @property
     def A(self):
         """The state matrix -exp(A_log) (d_model, d_state): negative whatever A_log learns."""
-        return -torch.exp(_wide(self.A_log))
+        return -torch.exp(widen(self.A_log))
 
     def allocate_state(self, batch):
         """Return a zero state (batch, d_model, d_state) for `step`."""
@@ -96,13 +98,26 @@ class SelectiveSSM(nn.Module):
         check_tensor("state", state)
         check_shape("state", state, (u.shape[0], self.d_model, self.d_state))
         dt, B, C = self._project(u)
-        u = u.to(dt.dtype)  # what autocast does to the input of a scan
-        return selective_state_update(state, u, dt, self.A, B, C, _wide(self.D), dt_softplus=True)
+        u = u.to(B.dtype)  # what autocast does to the input of a scan
+        return selective_state_update(state, u, dt, self.A, B, C, widen(self.D), dt_softplus=True)
 
 
-def _wide(x):
-    """Half precision to float32: a layer moved to bfloat16 as a whole keeps its exponentials."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def apply_dt_proj(dt_proj, dt):
+    """Return dt_proj(dt), Δ before its softplus, in the precision of dt_proj's own parameters.
+
+    Outside autocast: where Δ is 0.001 its bias is -7, which bfloat16 rounds to a multiple of 1/32, and Δ would be wrong
+    by up to 1.6 %, always to the same side. The official code adds the bias in the scan, in float32; here `dt_proj` may
+    be any module, so it is called.
+    """
+    low = autocast_dtype(dt)
+    with contextlib.nullcontext() if low is None else torch.autocast(dt.device.type, enabled=False):
+        delta = dt_proj(dt.to(dtype_of(dt_proj, dt.dtype)))
+    return delta if low is None else widen(delta)
+
+
+def dtype_of(module, default):
+    """The floating-point dtype of a module's parameters, `default` if it has none."""
+    return next((x.dtype for x in module.parameters() if x.is_floating_point()), default)
 
 
 def inverse_softplus(y):
