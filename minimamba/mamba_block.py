@@ -26,7 +26,10 @@ from minimamba.selective_ssm import SelectiveSSM, apply_dt_proj, dtype_of
 
 
 class MambaCache(NamedTuple):
-    """What a block remembers of the B sequences it has read; a pair in the official order."""
+    """What a block remembers of the B sequences it has read; a pair in the official order.
+
+    Of the size (B, d_inner, d_conv + d_state), however long they are. Source: state-spaces/mamba, `Mamba`'s cache.
+    """
 
     conv_state: torch.Tensor  # (B, d_inner, d_conv), the last inputs of the convolution, the newest at the end
     ssm_state: torch.Tensor  # (B, d_inner, d_state), the state of the scan; float32, or float64 in float64
@@ -43,6 +46,7 @@ class Mamba(nn.Module):
 
     A linear layer may be replaced by any module that maps the same sizes (LoRA, quantised): it is called, its weight is
     not looked at. So may `conv1d`; a plain `nn.Conv1d` is not called, its weight goes to the fused `causal_conv1d`.
+    Source: Mamba (Gu and Dao, 2023), figure 3 and section 3.4.
     """
 
     def __init__(
