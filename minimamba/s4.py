@@ -34,14 +34,16 @@ def kernel_dplr(eigenvalues, P, B, C, delta, length):
 
     O(N L), after N³ log L for the power Ā^L, which S4's own code saves by learning C̃ in place of C. The paper takes
     z^L = 1, where C̃ = C (I - Ā^L) cancels for a small ΔL. We turn its points by half a step: z^L = -1 adds instead.
-    Source: S4, algorithm 1, with Q = P.
+    Source: S4, algorithm 1; the paper's second low-rank vector Q is P here.
     """
     eigenvalues, P, B, C, delta = _check_system(delta, eigenvalues=eigenvalues, P=P, B=B, C=C)
     check_counts(length=length)
     A_bar, _ = bilinear(dense(eigenvalues, P), torch.zeros_like(P), delta)
     C_truncated = C + torch.einsum("...n,...nm->...m", C, torch.linalg.matrix_power(A_bar, length))  # C̃
     half_turn = math.pi / length * torch.arange(length, dtype=torch.float64, device=delta.device)
-    angles = (2 * half_turn + math.pi / length).to(delta.dtype)
+    angles = 2 * half_turn + math.pi / length
+    angles = torch.where(angles > math.pi, angles - 2 * math.pi, angles)  # float32 is finest near 0, and not near 2π
+    angles = angles.to(delta.dtype)
     turned = torch.fft.ifft(generating_function(eigenvalues, P, B, C_truncated, delta, angles))  # K̄_l e^{-iπl/L}
     return turned * torch.exp(1j * half_turn).to(turned.dtype)
 
@@ -50,8 +52,9 @@ def generating_function(eigenvalues, P, B, C, delta, angles):
     """Return Σ_{l≥0} C Ā^l B̄ z^l = C (I - Ā z)^-1 B̄ (..., T) for `kernel_dplr`'s A; z = e^{-i·angle}, angles (T,) real.
 
     The bilinear rule gives (I - Ā z)^-1 B̄ = [(1 - z) I - Δ/2 (1 + z) A]^-1 ΔB. On the circle 1 - z is 2i sin(angle/2)
-    and 1 + z is 2 cos(angle/2), both times e^{-i·angle/2}: written so, nothing cancels near z = 1, and nothing is
-    divided by the 1 + z that vanishes at z = -1. Woodbury's identity inverts diagonal plus rank one.
+    and 1 + z is 2 cos(angle/2), both times e^{-i·angle/2}: written so, nothing is divided by the 1 + z that vanishes
+    at z = -1, and nothing cancels near z = 1, if the angles there are near 0: near 2π a float32 angle has lost the
+    digits that its sine needs. Keep them in (-π, π]. Woodbury's identity inverts diagonal plus rank one.
     """
     eigenvalues, P, B, C, delta = _check_system(delta, eigenvalues=eigenvalues, P=P, B=B, C=C)
     check_tensor("angles", angles, dtypes=(delta.dtype,), device=delta.device, like=" (delta's)")

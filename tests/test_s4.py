@@ -217,6 +217,16 @@ def test_float32_keeps_its_digits(delta, length):
     assert error(s4.kernel_diagonal(*low, delta, length), s4.kernel_diagonal(lin, B, C, delta, length)) < 1e-5
 
 
+def test_float32_knows_the_points_on_both_sides_of_one():
+    # Just below 2π a float32 angle has an error of 1e-7, beside a sine of 1e-4: it cost 2e-5 of the kernel.
+    length = 2**14
+    eigenvalues, P, B, V = hippo.nplr(64)
+    C = torch.eye(64, dtype=torch.complex128)[0] @ V
+    low = [x.to(torch.complex64) for x in (eigenvalues, P, B, C)]
+    expected = s4.kernel_dplr(eigenvalues, P, B, C, 1e-3, length)
+    assert error(s4.kernel_dplr(*low, 1e-3, length).real, expected.real) < 4e-6
+
+
 def test_gradients_of_the_kernels():
     eigenvalues, P, B, C = (x.requires_grad_() for x in draw_dplr(3, seed=11))
     delta = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
