@@ -25,6 +25,7 @@ from minimamba.interface import (  # noqa: E402
     selective_scan_fn,
     selective_state_update,
 )
+from minimamba.language_model import MambaConfig, MambaLM  # noqa: E402
 from minimamba.mamba_block import Mamba, MambaCache  # noqa: E402
 from minimamba.selective_ssm import SelectiveSSM  # noqa: E402
 
@@ -32,6 +33,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Mamba",
     "MambaCache",
+    "MambaConfig",
+    "MambaLM",
     "SelectiveSSM",
     "causal_conv1d",
     "causal_conv1d_fn",

@@ -33,7 +33,7 @@ def test_every_chapter_is_there():
     assert {p.stem for p in CHAPTERS} >= {
         "00_attention", "01_continuous_ssm", "02_discretization", "03_hippo", "04_convolution", "05_s4",
         "06_selective_ssm", "07_sequential_scan", "08_parallel_scan", "09_scan_gradient", "10_triton_scan",
-        "11_fused_scan", "12_mamba_block",
+        "11_fused_scan", "12_mamba_block", "13_language_model", "15_training",
     }  # fmt: skip
 
 
