@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 from PIL import Image
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -45,11 +46,23 @@ def joined(outputs):
 
 
 def with_palette(png):
-    """Store a figure (PNG in base64) in 256 colours: a third of the size, and each is off by a few in 255 at most."""
+    """Store a figure (PNG in base64) in 256 colours: a third of the size, and nobody sees the difference.
+
+    Half of the palette are the most frequent colours, exactly: what is flat stays as it is. The other half is spread
+    over all, for the edges of letters and lines.
+    """
     image = Image.open(io.BytesIO(base64.b64decode(png)))
     if image.mode == "P":
         return png
-    few = image.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    pixels = np.asarray(image.convert("RGB"))
+    colors, where, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True, return_counts=True)
+    palette = colors[np.argsort(-counts, kind="stable")[:256]]
+    if len(colors) > 256:
+        spread = image.convert("RGB").quantize(128, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        palette = np.concatenate([palette[:128], np.reshape(spread.getpalette(), (-1, 3))])
+    nearest = np.array([np.square(palette - color.astype(int)).sum(axis=1).argmin() for color in colors], np.uint8)
+    few = Image.fromarray(nearest[where.ravel()].reshape(pixels.shape[:2]), "P")
+    few.putpalette(palette.astype(np.uint8).tobytes())
     buffer = io.BytesIO()
     few.save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode() + "\n"

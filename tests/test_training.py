@@ -274,6 +274,18 @@ def test_a_run_killed_by_the_system_resumes_to_the_same_losses(options, data, tm
     assert same_weights(resumed, model)
 
 
+def test_a_line_of_the_log_that_was_cut_short_is_no_row(tmp_path):
+    """What is left of step 10 may look like step 1."""
+    rows = [dict.fromkeys(training_files.COLUMNS) | {"step": step, "lr": 0.1} for step in (8, 9)]
+    training_files.write_log(tmp_path / "log.csv", rows)
+    with open(tmp_path / "log.csv", "a") as file:
+        file.write("1")
+    assert training_files.read_log(tmp_path / "log.csv", 9) == rows
+    assert training_files.read_log(tmp_path / "log.csv", 8) == rows[:1]
+    assert training_files.read_log(tmp_path / "log.csv", 0) == []
+    assert training_files.read_log(tmp_path / "none.csv", 9) == []
+
+
 def test_resuming_where_nothing_was_saved_begins(options, tmp_path):
     training.train(options("run", "--resume"))
     training.train(options("other"))
@@ -400,13 +412,14 @@ def test_two_processes_have_the_losses_of_one(options, data, tmp_path):
     one, _ = training.train(options("one", "--log-every", "1"))
     program = tmp_path / "program.py"
     program.write_text(
-        "import shutil\n"
-        "from pathlib import Path\n"
+        "from torch.distributed.fsdp import FSDPModule\n"
         "from minimamba import processes, training\n"
-        f"def train(out, *more): training.train(training.parse(['--out', {str(tmp_path)!r} + '/' + out, '--data',"
+        f"def train(out, *more): return training.train(training.parse(['--out', {str(tmp_path)!r} + '/' + out, '--data',"
         f" {str(data)!r}, *{[*SMALL, '--log-every', '1', '--batch', '1', '--accumulate', '2']}, *more]))\n"
         "train('ddp')\n"
-        "train('fsdp', '--fsdp')\n"
+        "model, _ = train('fsdp', '--fsdp')\n"
+        "assert all(isinstance(part, FSDPModule) for part in (model, *model.backbone.layers))\n"
+        "assert all(0 < p.to_local().numel() < p.numel() for p in model.parameters())\n"  # a part of each
         "train('resumed', '--fsdp', '--resume')\n"
         "processes.leave()\n"
     )
