@@ -12,7 +12,6 @@ import dataclasses
 import io
 import json
 import os
-import pickle
 import platform
 import sys
 import zipfile
@@ -70,7 +69,9 @@ def read_checkpoint(path):
         with zipfile.ZipFile(path) as archive:  # torch.save's format, with a checksum for each part
             damaged = archive.testzip()
         content = torch.load(path, map_location="cpu", weights_only=True) if damaged is None else None
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # of any kind: it depends on which byte is wrong
         content, damaged = None, error
     if isinstance(content, dict) and content.keys() == CONTENT:
         return content

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minimamba import processes, text, training, training_files
@@ -297,79 +297,80 @@ def test_resuming_where_nothing_was_saved_begins(options, tmp_path):
 # --- damaged and foreign checkpoints ---
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """The bytes of a checkpoint, and how to load others into a fresh model: load(content) -> nothing."""
-    folder = tmp_path_factory.mktemp("saved")
+class Saved:
+    """The bytes of a checkpoint, and `load`, which reads any bytes as one into a fresh model."""
 
-    def fresh():
+    def __init__(self, folder):
+        self.folder = folder
+        model, optimizer = self.fresh()
+        training.accumulate_gradients(model, torch.randint(256, (2, 9)), 1)
+        optimizer.step()
+        training_files.save_checkpoint(folder / "good.pt", model, optimizer, {"lr": 0.1}, 1, 2.5)
+        self.content = (folder / "good.pt").read_bytes()
+
+    def fresh(self):
         torch.manual_seed(5)
         model = MambaLM(MambaConfig(d_model=16, n_layer=1))
         return model, torch.optim.AdamW(training.parameter_groups(model, 0.1), lr=0.1)
 
-    model, optimizer = fresh()
-    training.accumulate_gradients(model, torch.randint(256, (2, 9)), 1)
-    optimizer.step()
-    training_files.save_checkpoint(folder / "good.pt", model, optimizer, {"lr": 0.1}, 1, 2.5)
-
-    def load(content, settings=None):
-        (folder / "bad.pt").write_bytes(content)
-        model, optimizer = fresh()
+    def load(self, content):
+        (self.folder / "bad.pt").write_bytes(content)
+        model, optimizer = self.fresh()
         before = {name: value.clone() for name, value in model.state_dict().items()}
         try:
-            return training_files.load_checkpoint(folder / "bad.pt", model, optimizer, settings or {"lr": 0.1})
+            return training_files.load_checkpoint(self.folder / "bad.pt", model, optimizer, {"lr": 0.1})
         except ValueError:
             assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
             assert not optimizer.state
             raise
 
-    content = (folder / "good.pt").read_bytes()
-    assert load(content) == (1, 2.5)
-    return content, load
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    saved = Saved(tmp_path_factory.mktemp("saved"))
+    assert saved.load(saved.content) == (1, 2.5)
+    return saved
 
 
 @settings(max_examples=25, deadline=None)
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_a_truncated_checkpoint_is_refused(saved, share):
-    content, load = saved
+    content = saved.content
     with pytest.raises(ValueError, match=r"^checkpoint: expected a whole file, got .*bad\.pt, which is damaged"):
-        load(content[: int(share * len(content))])
+        saved.load(content[: int(share * len(content))])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
+@example(share=0.6653029050049009, bit=7)  # in a name that is no UTF-8 then
 @given(share=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_a_flipped_bit_is_refused_or_changes_nothing(saved, share, bit):
-    content, load = saved
-    damaged = bytearray(content)
-    damaged[int(share * len(content))] ^= 1 << bit
+    damaged = bytearray(saved.content)
+    damaged[int(share * len(damaged))] ^= 1 << bit
     try:
-        assert load(bytes(damaged)) == (1, 2.5)  # in the zip's padding or a field that nobody reads
+        assert saved.load(damaged) == (1, 2.5)  # in the zip's padding or a field that nobody reads
     except ValueError as error:
         assert str(error).startswith("checkpoint: expected a whole file, got ")
 
 
 def test_a_flipped_bit_of_a_weight_is_refused(saved, tmp_path):
     """torch.load alone does not see it."""
-    content, load = saved
-    (tmp_path / "good.pt").write_bytes(content)
-    weights = torch.load(tmp_path / "good.pt", weights_only=True)["model"]["backbone.embedding.weight"]
-    damaged = bytearray(content)
-    damaged[content.index(weights.numpy().tobytes()) + 2] ^= 4
+    weights = torch.load(saved.folder / "good.pt", weights_only=True)["model"]["backbone.embedding.weight"]
+    damaged = bytearray(saved.content)
+    damaged[damaged.index(weights.numpy().tobytes()) + 2] ^= 4
     (tmp_path / "bad.pt").write_bytes(damaged)
     assert torch.load(tmp_path / "bad.pt", weights_only=True).keys() == training_files.CONTENT
     with pytest.raises(ValueError, match=r"^checkpoint: .*bad\.pt, which is damaged \(.*data/"):
-        load(bytes(damaged))
+        saved.load(damaged)
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(saved, tmp_path):
-    _, load = saved
     for foreign in ({"model": {}}, [1, 2], torch.zeros(3)):
         torch.save(foreign, tmp_path / "x.pt")
         with pytest.raises(ValueError, match="which is no checkpoint of a training run; nothing was loaded"):
-            load((tmp_path / "x.pt").read_bytes())
+            saved.load((tmp_path / "x.pt").read_bytes())
     torch.save({"model": object()}, tmp_path / "x.pt")  # a pickle of anything: not opened
     with pytest.raises(ValueError, match=r"^checkpoint: expected a whole file"):
-        load((tmp_path / "x.pt").read_bytes())
+        saved.load((tmp_path / "x.pt").read_bytes())
 
 
 @pytest.mark.parametrize(
@@ -412,14 +413,13 @@ def test_two_processes_have_the_losses_of_one(options, data, tmp_path):
     one, _ = training.train(options("one", "--log-every", "1"))
     program = tmp_path / "program.py"
     program.write_text(
-        "from torch.distributed.fsdp import FSDPModule\n"
+        "import shutil\n"
+        "from pathlib import Path\n"
         "from minimamba import processes, training\n"
-        f"def train(out, *more): return training.train(training.parse(['--out', {str(tmp_path)!r} + '/' + out, '--data',"
+        f"def train(out, *more): training.train(training.parse(['--out', {str(tmp_path)!r} + '/' + out, '--data',"
         f" {str(data)!r}, *{[*SMALL, '--log-every', '1', '--batch', '1', '--accumulate', '2']}, *more]))\n"
         "train('ddp')\n"
-        "model, _ = train('fsdp', '--fsdp')\n"
-        "assert all(isinstance(part, FSDPModule) for part in (model, *model.backbone.layers))\n"
-        "assert all(0 < p.to_local().numel() < p.numel() for p in model.parameters())\n"  # a part of each
+        "train('fsdp', '--fsdp')\n"
         "train('resumed', '--fsdp', '--resume')\n"
         "processes.leave()\n"
     )
