@@ -32,6 +32,7 @@ TRANSFORMERS = {
 OWN = ("vocab_size", "d_model", "n_layer", "residual_in_fp32", "tie_embeddings", "pad_vocab_size_multiple")
 OWN_SSM = ("d_state", "d_conv", "expand", "dt_rank", "dt_min", "dt_max", "dt_init_floor", "conv_bias", "bias")
 SIZES = ("vocab_size", "d_model", "n_layer")
+SHIPPED = Path(__file__).parent / "pretrained"
 EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
 
 

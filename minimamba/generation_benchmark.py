@@ -8,13 +8,17 @@
 
 For each context: the seconds to read it, the median seconds of one step after it, and the bytes of all that is kept
 between two steps. Times are the best of three rounds, since other programs only ever add to them. Batch 1, random
-tokens, random weights: neither time nor memory depends on their values.
+tokens, random weights: neither time nor memory depends on their values. On a GPU the step of the first and of the last
+is one launch of a CUDA graph.
+
+Before that the model that ships reads a million bytes in pieces: the seconds, and the peak of memory, by then.
 """
 
 import argparse
 import datetime
 import platform
 import statistics
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -22,8 +26,9 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from minimamba import generation
+from minimamba import generation, text
 from minimamba._results import device_name, save
+from minimamba.baselines import Transformer
 from minimamba.language_model import MambaConfig, MambaLM
 
 # device: (the model, its dtype, the contexts)
@@ -33,7 +38,8 @@ SIZES = {
         {"d_model": 1024, "n_layer": 48, "vocab_size": 50280}, torch.bfloat16, [2**i for i in range(8, 18)],
     ),
 }  # fmt: skip
-LOOP = 2**13  # transformers reads a context with a loop in Python: longer ones would only tell the same again
+LOOP = {"cpu": 2**13, "cuda": 2**11}  # transformers reads with a loop in Python: longer ones would tell the same
+MILESTONES = (10**4, 10**5, 10**6)
 STEPS = 30
 ROUNDS = 3
 
@@ -62,15 +68,21 @@ class Transformers:
     def read(self, tokens):
         from transformers import DynamicCache, StaticCache
 
-        config = self.model.config
-        if config.model_type == "mamba":
-            self.cache = {"cache_params": DynamicCache(config=config)}
-        else:
-            self.cache = {"past_key_values": StaticCache(config=config, max_cache_len=tokens.shape[1] + STEPS)}
-        self.model(tokens, use_cache=True, logits_to_keep=1, **self.cache)
+        config, cache = self.model.config, DynamicCache(config=self.model.config)
+        name = "cache_params" if config.model_type == "mamba" else "past_key_values"
+        self.model(tokens, use_cache=True, logits_to_keep=1, **{name: cache})
+        if name == "past_key_values":  # read without reserved room, which would hinder PyTorch's fused attention
+            read, cache = cache, StaticCache(config=config, max_cache_len=tokens.shape[1] + STEPS + 2)
+            for i, layer in enumerate(read.layers):
+                cache.update(layer.keys, layer.values, i)
+        self.cache, self.replay = {name: cache}, None
 
     def step(self, tokens):
-        return self.model(tokens[:, None], use_cache=True, **self.cache).logits
+        if not tokens.is_cuda or "cache_params" in self.cache:
+            return self.model(tokens[:, None], use_cache=True, **self.cache).logits
+        if self.replay is None:
+            self.replay = _record(lambda: self.model(tokens[:, None], use_cache=True, **self.cache).logits)
+        self.replay()
 
     def kept(self):
         """The tensors in its cache: keys and values, or convolution and recurrent states."""
@@ -92,16 +104,11 @@ def models(config, dtype, device):
     names = {"hidden_size": config.d_model, "num_hidden_layers": config.n_layer, "vocab_size": config.vocab_size}
     theirs = transformers.MambaForCausalLM(transformers.MambaConfig(**names)).to(device, dtype)
     weights = {name.replace("embedding.", "embeddings."): x for name, x in ours.state_dict().items()}
-    theirs.load_state_dict({name: x[: config.vocab_size] if "embedding" in name else x for name, x in weights.items()})
+    padded = ("backbone.embeddings.weight", "lm_head.weight")
+    theirs.load_state_dict({name: x[: config.vocab_size] if name in padded else x for name, x in weights.items()})
 
     parameters = sum(x.numel() for x in ours.parameters())
-    layers, width = config.n_layer // 2, config.d_model
-    others = config.vocab_size * width + width + layers * (4 * width**2 + 2 * width)  # all but the MLPs
-    names |= {
-        "num_hidden_layers": layers, "num_attention_heads": width // 64, "tie_word_embeddings": True,
-        "intermediate_size": round((parameters - others) / (3 * width * layers)), "max_position_embeddings": 2**20,
-    }  # fmt: skip
-    transformer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**names)).to(device, dtype)
+    transformer = Transformer(config, parameters, device, dtype).llama
     found = {
         "minimamba": (Minimamba, ours),
         "transformers_mamba": (Transformers, theirs),
@@ -124,6 +131,43 @@ def measure(runner, model, context, device):
     return {"read_seconds": read_seconds, "step_seconds": statistics.median(times), "kept_bytes": kept_bytes}
 
 
+@torch.no_grad()
+def read_a_million(device):
+    """Return [{"bytes", "seconds", "peak_bytes"}, ...]: the shipped model reads Python's library, in pieces of 2048.
+
+    peak_bytes: on a GPU all that PyTorch had at a time; on a CPU the whole process's memory.
+    """
+    model, data, rows, begin = MambaLM.from_pretrained(device=device), text.load().train, [], time.perf_counter()
+    data, cache = data[: MILESTONES[-1]].to(device), model.allocate_cache(1)
+    for start in tqdm(range(0, len(data), generation.PIECE), unit="piece"):
+        piece = data[start : start + generation.PIECE]
+        model(piece[None].long(), cache, last_only=True)
+        done = start + len(piece)
+        if len(rows) < len(MILESTONES) and done >= MILESTONES[len(rows)]:
+            if device == "cuda":
+                torch.cuda.synchronize()
+                peak = torch.cuda.max_memory_allocated()
+            else:
+                import resource  # not on Windows
+
+                peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            rows.append({"bytes": done, "seconds": time.perf_counter() - begin, "peak_bytes": peak})
+    return rows
+
+
+def _record(call):
+    """Return a function that replays, as a CUDA graph, the kernels that call() launches."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def _seconds(call, device):
     if device == "cuda":
         torch.cuda.synchronize()
@@ -144,6 +188,7 @@ def main():
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the results as JSON, after each row")
     options = parser.parse_args()
     device = options.device
+    million = read_a_million(device)  # first: the peak of memory is that of the whole process
     sizes, dtype, contexts = SIZES[device]
     contestants = models(MambaConfig(**sizes), dtype, device)
     about = {
@@ -153,13 +198,14 @@ def main():
         "transformers": metadata.version("transformers"),
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
-        "command": f"python -m minimamba.generation_benchmark --device {device}",
+        "command": "python -m minimamba.generation_benchmark " + " ".join(sys.argv[1:]),
         "dtype": str(dtype).removeprefix("torch."),
         "model": sizes,
+        "million": million,
         "parameters": {name: sum(x.numel() for x in model.parameters()) for name, (_, model) in contestants.items()},
     }
     plan = [(name, context) for context in options.contexts or contexts for name in contestants]
-    plan = [(name, context) for name, context in plan if name != "transformers_mamba" or context <= LOOP]
+    plan = [(name, context) for name, context in plan if name != "transformers_mamba" or context <= LOOP[device]]
     rows = {}
     for name, context in (progress := tqdm(ROUNDS * plan, unit="row")):
         row = measure(*contestants[name], context, device)

@@ -135,14 +135,16 @@ class MambaLM(nn.Module):
     stream = generation.stream
 
     @classmethod
-    def from_pretrained(cls, directory_or_repo_id, device=None, dtype=None):
+    def from_pretrained(cls, directory_or_repo_id=None, device=None, dtype=None):
         """Return the model stored in a directory, or under a name such as "state-spaces/mamba-130m" on Hugging Face.
+
+        By default it is the model that comes with this package: trained on Python's standard library, byte by byte.
 
         Both layouts are read, state-spaces' (config.json, pytorch_model.bin) and transformers' (config.json,
         model.safetensors, whole or in shards). dtype: default float32. Raises FileNotFoundError or ValueError, which
         name the file and the key or tensor at fault. A name of Hugging Face needs the package huggingface_hub.
         """
-        checkpoint = checkpoints.read(directory_or_repo_id)
+        checkpoint = checkpoints.read(checkpoints.SHIPPED if directory_or_repo_id is None else directory_or_repo_id)
         try:
             model = cls(MambaConfig(**checkpoint.config), device, dtype)
         except (TypeError, ValueError) as error:

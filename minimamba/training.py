@@ -4,13 +4,17 @@
     step     the loss's gradient on batch · accumulate windows in each process, averaged, clipped, then AdamW
     rate     up to lr in `warmup` steps, then down to 0 along half a cosine
     decay    θ ← (1 - rate · weight_decay) θ for the matrices, but not for A_log: see `decays`
+    dropout  while training, a share of what each layer adds to the residual stream is zero: see `add_dropout`
 
 The folder --out gets log.csv, checkpoint.pt and, at the end, result.json. After a kill the same command with --resume
 goes on from the last checkpoint, and has the losses of a run that was never stopped. For several devices:
 
     torchrun --nproc-per-node 2 -m minimamba.training ...
 
-Source: Mamba (Gu and Dao, 2023), appendix E.2; AdamW: Loshchilov and Hutter, 2019.
+--model transformer trains a Transformer of equal size instead, to compare with.
+
+Source: Mamba (Gu and Dao, 2023), appendix E.2; AdamW: Loshchilov and Hutter, 2019; dropout: Srivastava and
+others, 2014.
 """
 
 import argparse
@@ -22,6 +26,7 @@ import time
 import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -43,12 +48,13 @@ def train(options):
     windows = options.batch * options.accumulate * count  # in one step, all processes together
     config = MambaConfig(d_model=options.d_model, n_layer=options.n_layer, d_state=options.d_state)
     settings = dataclasses.asdict(config) | {"windows": windows, "text_checksum": zlib.crc32(texts.train.numpy())}
-    for name in ("length", "steps", "lr", "warmup", "weight_decay", "clip", "seed"):
+    for name in ("model", "length", "steps", "lr", "warmup", "weight_decay", "dropout", "clip", "seed"):
         settings[name] = getattr(options, name)
 
     torch.manual_seed(options.seed)  # the same first weights in every process
-    model = MambaLM(config, device)
+    model = files.make_model(settings, device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    add_dropout(model, options.dropout)
     spread = processes.spread(model, options.fsdp)
     groups = parameter_groups(model, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
@@ -73,6 +79,7 @@ def train(options):
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch = text.draw_windows(data, windows, options.length, options.seed, step)
+        torch.manual_seed(_mix(options.seed, step, rank))  # dropout depends on nothing else either
         losses.append(accumulate_gradients(spread, batch[rank::count], options.accumulate))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
         optimizer.step()
@@ -136,6 +143,18 @@ def decays(name, parameter):
     return parameter.ndim >= 2 and name.rpartition(".")[2] != "A_log"
 
 
+def add_dropout(model, share):
+    """While `model` trains, set a drawn `share` of what each layer adds to the residual stream to 0; the rest grows.
+
+    It grows by 1 / (1 - share), so that the mean stays. A text that is read many times is learned by heart; what must
+    show through in any subset of the channels is harder to learn so. The layers themselves know nothing of it, nor do
+    files: it hangs on them as a hook.
+    """
+    for name, module in model.named_modules():
+        if share and name.rpartition(".")[2] in ("mixer", "o_proj", "mlp"):  # of Mamba; of a Transformer
+            module.register_forward_hook(lambda module, _, y: F.dropout(y, share, module.training))
+
+
 def next_byte_loss(model, windows):
     """Return the mean of -log p(x_{t+1} | x_<=t), in nats, over windows (B, L + 1): the last byte is only a target."""
     with autocast(windows.device):
@@ -164,20 +183,30 @@ def evaluate(model, data, length, carry=True):
     """Return the bits per byte of data (bytes,) uint8: every byte but the first of each of 64 rows is predicted.
 
     The rows are read side by side in windows of `length` bytes. carry: whether a window begins in the state that the
-    one before it ended in. Each process takes some rows; all return the same number.
+    one before it ended in; only a Mamba has one. Each process takes some rows; all return the same number.
     """
     rank, count = processes.rank_and_count()
     rows = max(count, min(EVALUATION_ROWS, len(data) // (length + 1)))
     data = data[: len(data) // rows * rows].view(rows, -1)[rank::count].long()  # all rows have one length
     if data.shape[1] < 2:
         raise ValueError(f"data: expected at least {2 * rows} held-out bytes, got {data.shape[1] * rows}")
-    cache = [MambaCache(*map(processes.whole, state)) for state in model.allocate_cache(len(data))] if carry else None
+    carried = ()
+    if carry and isinstance(model, MambaLM):
+        carried = ([MambaCache(*map(processes.whole, state)) for state in model.allocate_cache(len(data))],)
+    was_training = model.training
+    model.eval()
     total = torch.zeros((), dtype=torch.float64, device=data.device)
     for window in (data[:, i : i + length + 1] for i in range(0, data.shape[1] - 1, length)):
         with autocast(data.device):
-            logits = model(window[:, :-1], cache)
+            logits = model(window[:, :-1], *carried)
         total += F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten(), reduction="sum")
+    model.train(was_training)
     return processes.mean(total) * count / (rows * (data.shape[1] - 1)) / math.log(2)
+
+
+def _mix(*numbers):
+    """A seed that depends on all of these numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def autocast(device):
@@ -197,6 +226,7 @@ def parse(arguments=None):
     add("--out", required=True, metavar="FOLDER", help="where log, checkpoint and result go")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     add("--data", nargs="+", metavar="PATH", help="text files and folders; default: Python's standard library")
+    add("--model", choices=files.MODELS, default="mamba", help="a transformer needs the package transformers")
     add("--d-model", type=_at_least(1), default=256)
     add("--n-layer", type=_at_least(1), default=4)
     add("--d-state", type=_at_least(1), default=16)
@@ -207,6 +237,7 @@ def parse(arguments=None):
     add("--lr", type=_at_least(0.0), default=3e-3, help="the highest learning rate")
     add("--warmup", type=_at_least(0), help="steps up to it; default: a twentieth of all")
     add("--weight-decay", type=_at_least(0.0), default=0.1)
+    add("--dropout", type=_at_least(0.0), default=0.0, help="share of each layer's output that is left out")
     add("--clip", type=_at_least(1e-9), default=1.0, help="the longest gradient; a longer one is shortened to it")
     add("--seed", type=_at_least(0), default=0)
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
@@ -219,6 +250,8 @@ def parse(arguments=None):
     options = parser.parse_args(arguments)
     if options.warmup is None:
         options.warmup = options.steps // 20
+    if options.dropout >= 1:
+        parser.error(f"argument --dropout: expected a number below 1, got {options.dropout}")
     if options.warmup > options.steps:
         parser.error(f"argument --warmup: expected at most --steps = {options.steps}, got {options.warmup}")
     return options

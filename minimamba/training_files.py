@@ -22,9 +22,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from minimamba import processes
 from minimamba._results import device_name
+from minimamba.baselines import Transformer
 from minimamba.language_model import MambaConfig, MambaLM
 
 COLUMNS = ("step", "bytes", "seconds", "lr", "gradient_norm", "train_bits", "held_out_bits")
+MODELS = ("mamba", "transformer")
 CONTENT = {"model", "optimizer", "settings", "step", "seconds"}
 # The state of a model and its optimizer, however many processes it is spread over: whole tensors, on the CPU.
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -54,11 +56,21 @@ def load_checkpoint(path, model, optimizer, settings):
     return content["step"], content["seconds"]
 
 
-def load_model(path):
-    """Return the `MambaLM` of a checkpoint, on the CPU."""
-    content = read_checkpoint(path)
+def make_model(settings, device=None):
+    """Return the model of a run's settings, with weights drawn anew."""
     fields = {field.name for field in dataclasses.fields(MambaConfig)}
-    model = MambaLM(MambaConfig(**{name: value for name, value in content["settings"].items() if name in fields}))
+    config = MambaConfig(**{name: value for name, value in settings.items() if name in fields})
+    if settings["model"] == "mamba":
+        return MambaLM(config, device)
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in MambaLM(config).parameters())
+    return Transformer(config, parameters, device)
+
+
+def load_model(path):
+    """Return the model of a checkpoint, on the CPU."""
+    content = read_checkpoint(path)
+    model = make_model(content["settings"])
     model.load_state_dict(content["model"])
     return model
 

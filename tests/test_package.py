@@ -63,9 +63,12 @@ def test_the_wheel_imports_from_a_folder_that_is_not_the_repository(wheel, tmp_p
         [f"import minimamba.{name}" for name in MODULES if not name.startswith("__")]
         + [f"import minimamba.kernels.{path.stem}" for path in sorted((ROOT / "kernels").glob("*.py"))]
     )
-    where = python(
-        f"{imports}; import minimamba; print(minimamba.__file__)", tmp_path, PYTHONPATH=str(tmp_path / "site")
+    imports += "; " + "; ".join(
+        f"import minimamba.checks.{path.stem}" for path in sorted((ROOT / "minimamba" / "checks").glob("*.py"))
     )
+    use = "import minimamba; minimamba.MambaLM.from_pretrained(); print(minimamba.__file__)"
+    where = python(f"{imports}; {use}", tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert (tmp_path / "site" / "minimamba" / "pretrained" / "README.md").is_file()
     assert Path(where).is_relative_to(tmp_path / "site")
 
 

@@ -17,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minimamba import processes, text, training, training_files
+from minimamba.baselines import Transformer
 from minimamba.language_model import MambaConfig, MambaLM
 
 TEXT = Path(text.__file__).read_bytes() + Path(training.__file__).read_bytes()
@@ -146,6 +147,68 @@ def test_steps_are_those_of_clipped_adamw(options):
         error = (p - q).abs()
         assert error.median() < 1e-6 and error.mean() < 3e-5, name
     assert result["log"][-1]["gradient_norm"] == pytest.approx(norms[-1], rel=1e-3)
+
+
+# --- dropout ---
+
+
+def test_dropout_leaves_out_a_share_of_what_a_layer_adds_and_only_while_training():
+    plain, model = draw_model(), draw_model()
+    training.add_dropout(model, 0.25)
+    assert same_weights(plain, model)
+    tokens = torch.randint(256, (4, 40))
+    inputs, added = [], []
+    layer = model.backbone.layers[0]
+    layer.register_forward_hook(lambda _, arguments, output: added.append(output - arguments[0]))
+    layer.register_forward_hook(lambda _, arguments, output: inputs.append(arguments[0]))
+    model(tokens)
+    whole = plain.backbone.layers[0](inputs[0]) - inputs[0]
+    kept = added[0] != 0
+    assert kept.double().mean().item() == pytest.approx(0.75, abs=0.03)  # 1280 draws: 2.5 standard deviations
+    assert torch.allclose(added[0][kept], whole[kept] / 0.75)
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), plain(tokens))
+    data = torch.randint(256, (200,), dtype=torch.uint8)
+    model.train()
+    assert training.evaluate(model, data, 8) == training.evaluate(plain, data, 8)
+    assert model.training  # as before
+
+
+def test_a_run_with_dropout_resumes_to_the_same_losses(options, tmp_path):
+    training.train(options("whole", "--dropout", "0.3"))
+    training.train(options("plain"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_files, "save_checkpoint", stop_after(training_files.save_checkpoint))
+        with pytest.raises(KeyboardInterrupt):
+            training.train(options("stopped", "--dropout", "0.3"))
+    torch.rand(5)  # what else draws numbers does not matter
+    training.train(options("stopped", "--dropout", "0.3", "--resume"))
+    assert log_of(tmp_path / "stopped") == log_of(tmp_path / "whole") != log_of(tmp_path / "plain")
+
+
+# --- a Transformer, trained the same way ---
+
+
+def test_a_transformer_of_equal_size_is_trained_by_the_same_program(options, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    folder = tmp_path / "pretrained"
+    chosen = options("run", "--model", "transformer", "--dropout", "0.2", "--save-pretrained", str(folder))
+    model, result = training.train(chosen)
+    assert isinstance(model, Transformer)
+    assert result["held_out_bits"] == result["held_out_bits_without_carry"]
+    decayed, kept = training.parameter_groups(model, 0.1)
+    assert all(p.ndim == 2 for p in decayed["params"]) and all(p.ndim == 1 for p in kept["params"])
+    dropped = [name for name, module in model.named_modules() if module._forward_hooks]
+    assert [name.rpartition(".")[2] for name in dropped] == ["o_proj", "mlp"] * len(model.backbone.layers)
+    theirs = LlamaForCausalLM.from_pretrained(folder)
+    tokens = torch.randint(256, (1, 9))
+    model.eval()
+    assert torch.allclose(theirs(tokens).logits, model(tokens))
+    assert same_weights(model, training_files.load_model(tmp_path / "run" / "checkpoint.pt"))
+    with pytest.raises(ValueError, match=r"^model: expected 'transformer', as in .*, got 'mamba'"):
+        training.train(options("run", "--resume", "--dropout", "0.2"))
 
 
 # --- evaluation ---
@@ -376,7 +439,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(saved, tmp_path):
 @pytest.mark.parametrize(
     "more",
     [("--lr", "0.1"), ("--steps", "9"), ("--length", "23"), ("--seed", "1"), ("--d-state", "5"), ("--batch", "8"),
-     ("--weight-decay", "0"), ("--clip", "2"), ("--warmup", "3")],
+     ("--weight-decay", "0"), ("--dropout", "0.5"), ("--clip", "2"), ("--warmup", "3")],
 )  # fmt: skip
 def test_other_settings_are_refused(options, tmp_path, more, checkpoint_of_settings):
     name = {"--batch": "windows"}.get(more[0], more[0][2:].replace("-", "_"))
@@ -472,6 +535,8 @@ def test_one_process_needs_no_torchrun_unless_the_weights_are_cut_up(options):
         (("--lr", "nan"), "argument --lr: expected a finite number >= 0.0, got nan"),
         (("--clip", "0"), "argument --clip: expected a finite number >= 1e-09, got 0"),
         (("--warmup", "8"), "argument --warmup: expected at most --steps = 7, got 8"),
+        (("--dropout", "1"), "argument --dropout: expected a number below 1, got 1.0"),
+        (("--model", "rnn"), "argument --model: invalid choice"),
         (("--device", "tpu"), "argument --device: invalid choice"),
     ],
 )
