@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import linecache
+import re
 from pathlib import Path
 
 import nbformat
@@ -15,9 +16,12 @@ from minimamba.checks import CheckFailed
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "notebooks" / "exercises"
 MASTERS = sorted((NOTEBOOKS / "masters").glob("*.ipynb"))
-EXERCISES = [(module, name) for module in MODULES for name in load(module)[0]]
+# All tests of a module go to one process (--dist loadgroup), which runs its answers once.
+IN_ONE = {module: pytest.mark.xdist_group(module) for module in MODULES}
+EXERCISES = [pytest.param(module, name, marks=IN_ONE[module]) for module in MODULES for name in load(module)[0]]
 
 each_exercise = pytest.mark.parametrize("module, name", EXERCISES, ids=lambda part: part)
+each_module = pytest.mark.parametrize("module", [pytest.param(module, marks=IN_ONE[module]) for module in MODULES])
 each_master = pytest.mark.parametrize("path", MASTERS, ids=lambda path: path.stem)
 
 
@@ -59,7 +63,7 @@ def test_wrong_answers_are_rejected_and_the_message_can_be_read(module, name):
     for index, (failed, known) in enumerate(wrong):
         assert failed, (index, known)
         lines = str(failed).splitlines()
-        assert len(lines) <= 16, failed
+        assert len(lines) <= 17, failed
         assert lines[0].startswith(f"{name}: ") and f"check.hint({name!r})" in lines[-1]
 
 
@@ -69,7 +73,7 @@ def test_right_answers_pass(module, name):
     assert len(right) >= 3 and right == [None] * len(right)
 
 
-@pytest.mark.parametrize("module", MODULES)
+@each_module
 def test_the_table_is_true_and_nine_of_ten_wrong_answers_are_named(module):
     rows, reasons = measure(module)
     assert read_rows()[module] == (rows, reasons), "python -m tests.answers"
@@ -91,7 +95,20 @@ def test_three_hints_and_no_two_mistakes_without_a_place_to_read(module, name):
     assert all(known.name for known in exercise.mistakes)
 
 
-@pytest.mark.parametrize("module", MODULES)
+@each_exercise
+def test_the_sections_that_messages_point_to_exist(module, name):
+    exercise = load(module)[0][name]
+    for place in {exercise.see, *(mistake.see for mistake in exercise.mistakes if mistake.see)}:
+        chapter, kind, number = re.fullmatch(r"(\d\d)(?:, (exercise)| §) ?(\d+)", place).groups()
+        (path,) = (ROOT / "notebooks").glob(f"{chapter}_*.ipynb")
+        text = "\n".join(
+            cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"
+        )
+        heading = rf"^(### |\*\*){number}\. " if kind else rf"^## {number}\. "
+        assert re.search(heading, text, re.MULTILINE), place
+
+
+@each_module
 def test_a_module_is_short(module):
     assert len((ROOT / "minimamba" / "checks" / f"{module}.py").read_text().splitlines()) <= 300
 

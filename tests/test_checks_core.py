@@ -5,6 +5,7 @@ import contextlib
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -57,7 +58,7 @@ def test_a_known_mistake_is_named_with_its_section():
     failed = rejected(lambda x: x + torch.cat([torch.zeros_like(x[:1]), x[:1]]))
     assert failed.mistake == "the sum over the wrong axis"
     assert "This is what you get with the sum over the wrong axis." in str(failed)
-    assert "Time is axis 1. Asked is h_t = h_{t-1} + x_t. See 07 §1." in str(failed)
+    assert "Time is axis 1. Asked is h_t = h_{t-1} + x_t. See chapter 07 §1." in str(failed)
     assert failed._render_traceback_() == str(failed).splitlines()
 
 
@@ -71,7 +72,7 @@ def test_a_known_mistake_is_named_with_its_section():
         (lambda x: x.cumsum(1).float(), "dtype", "expected torch.float64, got torch.float32"),
         (lambda x: x.cumsum(1).numpy(), "NumPy", "NumPy array"),
         (lambda x: None, "type", "is there a return?"),
-        (lambda x: (x, x), "count", "a tuple of 2"),
+        (lambda x: (x, x), "count", "got 2 values"),
         (lambda x: x.cumsum(1) / 0, "not_finite", "NaN or infinite"),
         (lambda x: torch.nn.functional.pad(x.cumsum(1), (1, 0))[:, :-1], "shifted", "one step late along axis 1"),
         (lambda x: x.nosuch, "raises", "has no attribute 'nosuch'"),
@@ -326,3 +327,48 @@ def test_the_reference_of_the_trapezoid_has_order_2():
 def test_the_value_of_twice():
     z = torch.tensor(check.Z_TWICE, dtype=torch.float64)
     assert abs(torch.expm1(z) / z - 0.5) < 1e-14
+
+
+DOUBLED = {
+    "asks": "2 x",
+    "formula": "Asked is 2 x.",
+    "see": "00 §0",
+    "mistakes": (),
+    "hints": ("a", "b", "c"),
+    "results": ("y",),
+}
+
+
+def said(check, answer):
+    with pytest.raises(CheckFailed) as failed:
+        check(answer)
+    return str(failed.value)
+
+
+def test_answers_that_no_comparison_expects_are_refused_in_words():
+    def vectors():
+        yield Case("two numbers", x=torch.tensor([1.0, -3.0], dtype=torch.float64))
+
+    double = Exercise(name="double", reference=lambda x: 2 * x, inputs=vectors, **DOUBLED)
+    message = said(double, lambda x: [2 * value for value in x])
+    assert "Expected one result, got 2 values in a tuple or list. torch.stack makes one tensor of many." in message
+    assert "got a sparse tensor" in said(double, lambda x: (2 * x).to_sparse())
+    assert "got a tensor without numbers" in said(double, lambda x: x.to("meta"))
+    assert "everywhere" not in said(double, lambda x: 1e30 * x * x)  # not a factor, large as it is
+    for strange in ({"y": torch.ones(2)}, 10**400, np.array([None, "a"]), (torch.ones(2), [None]), (), {1, 2}, ["a"]):
+        assert "y" in said(double, lambda x, strange=strange: strange)
+
+
+def test_a_value_of_a_strange_type_is_refused_in_words():
+    three = Exercise(name="three", kind="value", reference=3.0, inputs=None, **DOUBLED)
+    for strange in ((), [2.0, 3.0], 10**400, 1 + 1j, np.array([None, 1]), {"y": 3.0}, torch.zeros(2)):
+        assert "three: not right yet" in said(three, strange)
+    assert "too large" in said(three, 10**400)
+
+
+def test_a_number_that_is_wrong_has_no_right_shape():
+    def numbers():
+        yield Case("one number", x=2.0)
+        yield Case("another", x=5.0)
+
+    assert "y: wrong value." in said(Exercise(name="double", reference=lambda x: 2 * x, inputs=numbers, **DOUBLED), abs)

@@ -5,14 +5,14 @@ import math
 import numpy as np
 import torch
 
-from minimamba.checks._guard import as_tuple
+from minimamba.checks._guard import as_tuple, torch_only, unchanged
 
 TOLERANCE = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 1e-4, torch.complex64: 1e-4}
 
 
 def distance(expected, got):
     """Largest difference, relative to the largest expected entry (absolute if that is 0); inf where one is NaN."""
-    expected, got = torch.as_tensor(expected), torch.as_tensor(got)
+    expected, got = _tensor(expected), _tensor(got)
     if expected.numel() == 0:
         return 0.0
     if expected.dtype == torch.bool or not (expected.is_floating_point() or expected.is_complex()):
@@ -35,8 +35,9 @@ def complaint(expected, got, names, tolerance):
         wanted = (
             f"{len(as_tuple(expected))} results, {', '.join(names)}" if isinstance(expected, tuple) else "one result"
         )
-        came = f"a {type(got).__name__} of {len(got)}" if isinstance(got, tuple | list) else f"{describe(got)}"
-        return "count", f"Expected {wanted}. Your function returned {came}.", 0
+        rows = len(got) > 0 and isinstance(expected, torch.Tensor) if isinstance(got, tuple | list) else False
+        advice = " torch.stack makes one tensor of many." if rows and isinstance(got[0], torch.Tensor) else ""
+        return "count", f"Expected {wanted}, got {describe(got)}.{advice}", 0
     for index, (want, have) in enumerate(zip(as_tuple(expected), as_tuple(got), strict=True)):
         name = names[index] if index < len(names) else f"result {index + 1}"
         if isinstance(have, np.ndarray | np.generic) and isinstance(want, torch.Tensor):
@@ -45,19 +46,22 @@ def complaint(expected, got, names, tolerance):
             return "type", f"{name}: expected {describe(want)}, got {describe(have)}.", index
         if not isinstance(want, torch.Tensor):
             if not isinstance(want, int | float | complex):
-                if type(have) is not type(want) or have != want:
+                if type(have) is not type(want) or not unchanged(want, have):
                     return "value", f"{name} is not what was expected.", index
                 continue
             single = isinstance(have, torch.Tensor | np.ndarray) and math.prod(have.shape) == 1
             if not single and not isinstance(have, int | float | complex | np.generic):
                 return "type", f"{name}: expected a number, got {describe(have)}.", index
             have = have.item() if single else have
+        elif have.device != want.device:
+            return "type", f"{name} is on {have.device}. The check works on {want.device}: make tensors there.", index
         elif have.shape != want.shape:
             return "shape", f"{name} has the wrong shape: expected {shape(want)}, got {shape(have)}.", index
         elif have.dtype != want.dtype:
             return "dtype", f"{name} has the wrong dtype: expected {want.dtype}, got {have.dtype}.", index
         if distance(want, have) > limit(want, tolerance):
-            return "value", f"{name} has the right shape and wrong values.", index
+            few = getattr(want, "ndim", 0) == 0
+            return "value", f"{name}: wrong value." if few else f"{name}: the right shape, and wrong values.", index
     return None
 
 
@@ -97,7 +101,7 @@ def _factor(want, have, tol):
         return ""  # one number is always a factor off
     at = want.abs().argmax()
     factor = (have.flatten()[at] / want.flatten()[at]).item()
-    if factor != 0 and distance(want * factor, have) <= tol * max(1, abs(factor)):
+    if factor != 0 and distance(want * factor, have) <= tol:
         return f"It is {number(factor)} times what it should be, everywhere."
 
 
@@ -195,9 +199,10 @@ def results(want, have, index, names):
 
 def show(x, digits=4, rows=4):
     """A value in one short line: four digits, cut to a small size."""
-    if not isinstance(x, torch.Tensor | np.ndarray):
+    x = torch_only(x) if isinstance(x, np.ndarray) else x
+    if not isinstance(x, torch.Tensor):
         return number(x, digits) if isinstance(x, int | float | complex) and not isinstance(x, bool) else repr(x)[:100]
-    x = torch.as_tensor(x).detach()
+    x = x.detach()
     cut = tuple(slice(0, 1) for _ in range(max(0, x.ndim - 2))) + tuple(slice(0, rows) for _ in range(min(2, x.ndim)))
     text = _nested(x[cut] if x.ndim else x, digits)
     return text + (" (its first entries)" if x.numel() > x[cut].numel() else "")
@@ -212,6 +217,8 @@ def describe(x):
         return f"a tensor of shape {shape(x)}"
     if isinstance(x, np.ndarray):
         return f"a NumPy array of shape {shape(x)}"
+    if isinstance(x, tuple | list):
+        return f"{len(x)} values in a tuple or list"
     return "None (is there a return?)" if x is None else f"{show(x)} ({type(x).__name__})"
 
 
@@ -227,6 +234,12 @@ def _kind(x):
 
 def _nested(x, digits):
     return number(x.item(), digits) if x.ndim == 0 else "[" + ", ".join(_nested(y, digits) for y in x) + "]"
+
+
+def _tensor(x):
+    if isinstance(x, int) and abs(x) >= 2**63:
+        x = math.inf if x > 0 else -math.inf
+    return torch.as_tensor(x)
 
 
 def _wide(x):

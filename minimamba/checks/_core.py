@@ -46,8 +46,8 @@ class Case:
 class Mistake:
     """A known wrong answer. `wrong` is an answer as a student would hand it in; several with one name are variants.
 
-    The message: "This is what you get with {name}.", then `says`, then the exercise's `formula` and "See {see}."
-    (by default the exercise's).
+    The message: "This is what you get with {name}.", then `says`, then the exercise's `formula` and
+    "See chapter {see}." (by default the exercise's).
     """
 
     name: str
@@ -125,7 +125,7 @@ class Exercise:
         ]
         shared = sorted({name for have in came for name in have.shared} - set(self.changes))
         note = f" Note: the result shares memory with {', '.join(shared)}." if shared else ""
-        error = f"largest error {max(errors):.0e} of the largest entry" if max(errors) else "no error at all"
+        error = f"largest error {max(errors):.0e} of the largest entry" if any(errors) else "no error at all"
         print(f"{self.name}: right. {self._tried(cases)}; {error}.{note}")
 
     def cases(self):
@@ -139,7 +139,8 @@ class Exercise:
 
     def fail(self, kind, *lines):
         end = f"Next: check.hint({self.name!r})."
-        text = "\n".join([f"{self.name}: not right yet. Asked: {self.asks}.", "", *filter(None, lines), end])
+        said = [line for line in lines if line is not None]  # "" is an empty line
+        text = "\n".join([f"{self.name}: not right yet. Asked: {self.asks}.", "", *said, end])
         raise CheckFailed(text, kind) from None
 
     def _refuse_other_things(self, answer):
@@ -179,7 +180,7 @@ class Exercise:
                 "The same input, given twice, has two results: something is kept between calls.",
                 *_compare.arguments(cases[0].arguments),
                 f"  first    {_compare.show(as_tuple(came[0].value)[0])}",
-                f"  at last  {_compare.show(as_tuple(again.value)[0]) if again.error is None else again.error!r}",
+                f"  at last  {_compare.show(as_tuple(again.value)[0]) if again.error is None else repr(again.error)}",
                 "Look for a global variable, or a list or tensor as default argument.",
             )
         return came
@@ -229,19 +230,18 @@ class Exercise:
                 for i in failed
                 if complaints[i][0] == "value" and complaints[i][2] == index
             ]
-            found = _compare.pattern(pairs, self.tolerance)
-            if found:
-                kind, more = found
-                sentence += " " + more
+            kind, more = _compare.pattern(pairs, self.tolerance) or (kind, "")
+            sentence = f"{sentence} {more}".strip()
         if error is not None:
             lines += raised(came[first])
         elif not mistake and self.kind != "value":
             lines += [sentence]
         lines += [self._where(cases, failed)]
         if self.kind == "value":  # the right value is not shown: it is what is asked for
-            have, want = as_tuple(came[first].value)[0], as_tuple(wanted[first].value)[0]
-            side = "" if kind in ("type", "count") else f" That is too {'large' if have > want else 'small'}."
-            lines += [sentence if not side else f"Yours is {_compare.show(have)}.{side}"]
+            have, want = came[first].value, wanted[first].value
+            plain = kind not in ("type", "count") and not isinstance(have, complex)
+            side = plain and ("large" if have > want else "small")
+            lines += [f"Yours is {_compare.show(have)}. That is too {side}." if plain else sentence]
         else:
             lines += [f"Smallest input that shows it ({cases[first].note}):"]
             lines += _compare.arguments(cases[first].arguments)
@@ -250,13 +250,13 @@ class Exercise:
 
     def _where(self, cases, failed):
         if len(failed) == len(cases):
-            return ""
+            return None
         facts = [_compare.facts(case.arguments, self.sizes) for case in cases]
         where = _compare.which_inputs([facts[i] for i in failed], [f for i, f in enumerate(facts) if i not in failed])
         return f"Wrong for {len(failed)} of {len(cases)} inputs{', ' + where if where else ''}."
 
     def _told(self, mistake):
-        why = f"{mistake.says} {self.formula} See {mistake.see or self.see}.".strip()
+        why = f"{mistake.says} {self.formula} See chapter {mistake.see or self.see}.".strip()
         return [f"This is what you get with {mistake.name}.", why, ""]
 
     def _verify(self, answer, cases):

@@ -42,6 +42,7 @@ def call(run, answer, arguments, seed=0):
         except (Exception, SystemExit) as error:
             return Outcome(error=error, line=_line_of(error))
     changed = tuple(name for name in mine if not unchanged(arguments[name], mine[name]))
+    value = _without_strange(value)
     shared = tuple(name for name, x in mine.items() if any(_share(x, y) for y in as_tuple(value)))
     return Outcome(value=_detached(value), changed=changed, shared=shared)
 
@@ -168,7 +169,8 @@ def torch_only(value):
     """The value with its NumPy arrays as tensors."""
     if isinstance(value, tuple | list):
         return type(value)(map(torch_only, value)) if type(value) in (tuple, list) else value
-    return torch.as_tensor(value) if isinstance(value, np.ndarray) else value
+    numbers = isinstance(value, np.ndarray) and value.dtype.kind in "biufc"
+    return torch.as_tensor(value) if numbers else value
 
 
 def copied(x):
@@ -182,6 +184,8 @@ def copied(x):
 def unchanged(before, after):
     """True if both are equal, NaN equal to NaN. Objects that cannot be compared count as unchanged."""
     if isinstance(before, torch.Tensor):
+        if not isinstance(after, torch.Tensor):
+            return False
         if before.shape != after.shape or before.dtype != after.dtype:
             return False
         if before.is_floating_point() or before.is_complex():
@@ -203,6 +207,23 @@ def _poison(dtype):
 def _share(x, y):
     tensors = isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)
     return tensors and x.numel() > 0 and x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+
+
+class Strange:
+    """Stands for a tensor that cannot be compared: a sparse one, or one without numbers."""
+
+    def __init__(self, x):
+        self.what = "a tensor without numbers" if x.is_meta else "a sparse tensor"
+
+    def __repr__(self):
+        return self.what
+
+
+def _without_strange(value):
+    if isinstance(value, tuple | list):
+        return [*map(_without_strange, value)] if isinstance(value, list) else tuple(map(_without_strange, value))
+    strange = isinstance(value, torch.Tensor) and (value.is_meta or value.layout != torch.strided)
+    return Strange(value) if strange else value
 
 
 def _detached(value):

@@ -49,13 +49,14 @@ def target_and_yours(exercise, answer):
 
 
 def _row(axes, name, target, yours):
+    target, yours = (x.int() if x.dtype == torch.bool else x for x in (target, yours))
     panels = {"target": target, f"yours {tuple(yours.shape)}": yours}
     panels["yours − target"] = yours - target if yours.shape == target.shape else torch.zeros(0)
     height = max(target.abs().max().item(), 1e-30)
     if target.ndim < 2 and yours.ndim < 2:
         axes[1].sharey(axes[0])
     for axis, (title, x) in zip(axes, panels.items(), strict=True):
-        x = (x.real if x.is_complex() else x).cpu()
+        x = (x.real if x.is_complex() else x.float()).cpu()  # NumPy has no bfloat16
         while x.ndim > 2:
             x = x[0]
         if x.ndim == 2:

@@ -82,6 +82,7 @@ bilinear = Exercise(
         Mistake("Δ missing in Ā and B̄", lambda A, B, d: tustin(A, B, 1.0), "A is a rate: ΔA is one step."),
         Mistake("the two sides swapped", lambda A, B, d: tustin(-A, B, d), "What multiplies h_k has the minus."),
         Mistake("Euler's rule", discretization.euler, "Euler takes the slope at the start only."),
+        Mistake("backward Euler", lambda A, B, d: tuple((_eye(A) - d * A).inverse() @ x for x in (_eye(A), d * B))),
         Mistake("zero-order hold", discretization.zoh),
         Mistake("a division entry by entry", _slash, "An inverse matrix is meant: torch.linalg.solve."),
     ),
