@@ -87,6 +87,20 @@ def test_the_table_has_all_modules():
     assert sorted(read_rows()) == MODULES and TABLE.read_text().startswith(HEAD)
 
 
+def test_the_readme_has_the_sums_of_the_table():
+    rows = [row.rstrip(" |").split(" | ") for rows, _ in read_rows().values() for row in rows]
+    wrong, rejected, named, right, accepted, mutants, caught, equivalent = map(
+        sum, zip(*(map(int, row[2:]) for row in rows), strict=True)
+    )
+    assert rejected == wrong and accepted == right and caught + equivalent == mutants
+    told = (
+        f"The {len(rows)} exercises are tested on answers: of {wrong} wrong ones all are rejected and {named} named, "
+        f"of {right} right ones none is rejected, and of {mutants} one-place changes to a right answer {caught} are "
+        f"rejected; the other {equivalent} are"
+    )
+    assert told in (ROOT / "README.md").read_text()
+
+
 @each_exercise
 def test_three_hints_and_no_two_mistakes_without_a_place_to_read(module, name):
     exercise = load(module)[0][name]
