@@ -61,15 +61,22 @@ class NGram:
         return p
 
     def generate(self, prompts, max_new_tokens, temperature=1.0, seed=0):
-        """Return what follows prompts (B, L) uint8, each as long as the order or longer: (B, max_new_tokens) uint8."""
+        """Return what follows prompts (B, L) uint8, each as long as the order or longer: (B, max_new_tokens) uint8.
+
+        temperature 0 stands for the most probable byte.
+        """
         generator = np.random.default_rng(seed)
         texts = np.asarray(prompts, np.uint8)
+        length = texts.shape[1]
         for _ in range(max_new_tokens):
-            weights = self.probabilities(texts[:, -len(self.levels) :]) ** (1 / temperature)
-            sums = weights.cumsum(axis=1)
-            drawn = (sums > sums[:, -1:] * generator.random((len(texts), 1))).argmax(axis=1)
+            p = self.probabilities(texts[:, -len(self.levels) :])
+            if temperature == 0:
+                drawn = p.argmax(axis=1)
+            else:
+                sums = (p ** (1 / temperature)).cumsum(axis=1)
+                drawn = (sums > sums[:, -1:] * generator.random((len(texts), 1))).argmax(axis=1)
             texts = np.concatenate([texts, drawn[:, None].astype(np.uint8)], axis=1)
-        return texts[:, -max_new_tokens:]
+        return texts[:, length:]
 
     def _refine(self, n, p, contexts, symbols):
         """p_n from p_{n-1}. `contexts` and `symbols` broadcast to p's shape."""
@@ -110,12 +117,17 @@ class Transformer(nn.Module):
         return self.llama(input_ids, use_cache=False).logits
 
     def generate(self, prompts, max_new_tokens, temperature=1.0, seed=0):
-        """Return what follows prompts (B, L): (B, max_new_tokens). With a KV cache, drawn from the whole softmax."""
-        torch.manual_seed(seed)
-        texts = self.llama.generate(
-            prompts, max_new_tokens=max_new_tokens, min_new_tokens=max_new_tokens, do_sample=True,
-            temperature=temperature, top_k=0, attention_mask=torch.ones_like(prompts),
-        )  # fmt: skip
+        """Return what follows prompts (B, L): (B, max_new_tokens). With a KV cache, drawn from the whole softmax.
+
+        temperature 0 stands for the most probable token.
+        """
+        drawing = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            texts = self.llama.generate(
+                prompts, max_new_tokens=max_new_tokens, min_new_tokens=max_new_tokens,
+                attention_mask=torch.ones_like(prompts), **drawing,
+            )  # fmt: skip
         return texts[:, prompts.shape[1] :]
 
     def save_pretrained(self, directory):

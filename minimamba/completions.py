@@ -6,13 +6,18 @@
     parses        Python's own parser accepts the `def` line with the completion, and the body is not empty
 
 Beside the model that ships: an n-gram model of the same text, a Transformer of equal size trained by the same command
-if its folder is given, and the file's own text, cut like the others: its functions may be longer than `--bytes`, so
-that it does not reach 100 % either.
+if its folder is given, and the file's own text, cut like the others. That is no ceiling: it has functions longer than
+`--bytes`, and a model may write shorter ones. A line of a string or bracket that is still open ends the body as well if
+it is indented too little.
+
+With a Transformer also where the two differ: the bits of each on bytes that repeat something of their window of 1024
+bytes, and on the others (see `repeats`).
 """
 
 import argparse
 import ast
 import datetime
+import math
 import platform
 import re
 import sys
@@ -80,6 +85,36 @@ def score(prompts, completions):
     return sum(parses(function(*pair)) for pair in zip(prompts, completions, strict=True))
 
 
+def repeats(windows, length=6):
+    """Tell for each byte of windows (B, L) whether it repeats something of its window: (B, L) int64.
+
+    2: the `length` bytes before it stand earlier in the window, and the last time the same byte followed. 1: another
+    byte did. 0: they are new.
+    """
+    kinds = torch.zeros(windows.shape, dtype=torch.int64)
+    for row, kind in zip(windows.tolist(), kinds, strict=True):
+        followed = {}
+        for t in range(length, len(row)):
+            context = bytes(row[t - length : t])
+            if context in followed:
+                kind[t] = 2 if followed[context] == row[t] else 1
+            followed[context] = row[t]
+    return kinds
+
+
+@torch.no_grad()
+def bits_by_kind(models, windows):
+    """Return [{"bytes": share, name: bits per byte}, ...] of models {name: model}, for kinds 0, 1, 2 of `repeats`."""
+    kinds = repeats(windows)[:, 1:]
+    rows = [{"bytes": (kinds == kind).double().mean().item()} for kind in range(3)]
+    for name, model in models.items():
+        log_p = torch.cat([model(part[:, :-1]).log_softmax(-1) for part in windows.split(8)])
+        bits = -log_p.gather(2, windows[:, 1:, None])[..., 0] / math.log(2)
+        for kind, row in enumerate(rows):
+            row[name] = bits[kinds == kind].mean().item()
+    return rows
+
+
 def load_transformer(folder):
     """Return the `Transformer` that a run of minimamba.training with --model transformer saved in a folder."""
     from transformers import LlamaForCausalLM
@@ -127,6 +162,9 @@ def main():
         "ngram_order": ORDER,
         "ngram_held_out_bits": ngram.bits(held_out().numpy())[-1],
     }
+    if options.transformer:
+        windows = held_out()[: len(held_out()) // 4096 * 4096].view(-1, 4, 1024)[:, 0].long()  # every fourth
+        about["repeats"] = bits_by_kind({"mamba": mamba, "transformer": transformer}, windows)
     rows = {}
     for name, complete in (progress := tqdm(models.items(), unit="model")):
         begin = time.perf_counter()

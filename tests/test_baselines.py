@@ -53,6 +53,9 @@ def test_ngram_generates_what_it_has_seen():
     model = NGram(array(b"abcd" * 300), 3)
     (text,) = model.generate(array(b"dab")[None], 40, temperature=0.2, seed=1)
     assert bytes(text) == b"cdab" * 10
+    (greedy,) = model.generate(array(b"dab")[None], 8, temperature=0)
+    assert bytes(greedy) == b"cdabcdab"
+    assert model.generate(array(b"dab")[None], 0).shape == (1, 0)
     one, two = (model.generate(array(b"xyz" * 2)[None], 30, temperature=2.0, seed=seed) for seed in (1, 2))
     assert one.shape == (1, 30) and one.dtype == np.uint8 and (one != two).any()
 
@@ -84,7 +87,11 @@ def test_transformer_is_causal_and_generates_with_its_cache():
         logits = model(tokens)
         assert logits.shape == (2, 12, 256) and logits.dtype == torch.float32
         assert torch.allclose(model(tokens[:, :7]), logits[:, :7], atol=1e-5)
-    following = model.generate(tokens, 5, temperature=1e-4)  # as good as the most probable
+    before = torch.random.get_rng_state()
+    following = model.generate(tokens, 5, temperature=0)
+    drawn = [model.generate(tokens, 5, temperature=2.0, seed=seed) for seed in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(before, torch.random.get_rng_state())
     text = tokens
     with torch.no_grad():
         for _ in range(5):

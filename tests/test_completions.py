@@ -63,6 +63,25 @@ def test_prompts_of_the_held_out_text():
     assert all(re.search(rb"^ *def \w+\(.*\):\n\Z", prompt, re.MULTILINE) for prompt, _ in prompts)
 
 
+def test_what_repeats():
+    row = b"abcdefgXabcdefgYabcdefZ_"
+    kinds = completions.repeats(torch.tensor([list(row), list(row[::-1])]))
+    assert "".join(map(str, kinds[0].tolist())) == "000000000000002100000010"
+    short = completions.repeats(torch.tensor([list(b"ababac")]), length=1)
+    assert short.tolist() == [[0, 0, 0, 2, 2, 1]]
+
+
+def test_bits_by_kind(shipped):
+    windows = completions.held_out()[:400].view(2, 200).long()
+    kinds = completions.repeats(windows)[:, 1:]
+    rows = completions.bits_by_kind({"x": shipped}, windows)
+    assert sum(row["bytes"] for row in rows) == pytest.approx(1)
+    with torch.no_grad():
+        p = shipped(windows[:, :-1]).softmax(-1).gather(2, windows[:, 1:, None])[..., 0]
+    for kind, row in enumerate(rows):
+        assert row["x"] == pytest.approx(-p[kinds == kind].log2().mean().item(), rel=1e-4)
+
+
 def test_the_program(monkeypatch, tmp_path, capsys):
     small = text.Text(torch.frombuffer(bytearray(b"def f(x):\n    return x\n" * 40), dtype=torch.uint8), None)
     monkeypatch.setattr(text, "load", lambda: small)
