@@ -103,7 +103,7 @@ def write(model, directory):
     """Write a `MambaLM` as config.json and model.safetensors in transformers' layout.
 
     Rows that pad the vocabulary are left out, since transformers would sample from them. Each file is written under
-    another name and renamed when it is whole. Needs the package safetensors.
+    another name and renamed when it is whole.
     """
     from safetensors.torch import save_file
 
@@ -175,7 +175,7 @@ def _read_json(file):
 
 
 def read_safetensors(file):
-    """Return {name: tensor}. Needs the package safetensors, which checks the file's length against its header."""
+    """Return {name: tensor}. The package safetensors checks the file's length against its header."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
