@@ -136,4 +136,6 @@ def write_result(path, result, device):
         "date": date.today().isoformat(),
         "command": "python -m minimamba.training " + " ".join(sys.argv[1:]),
     }
+    if device.type == "cuda":
+        about["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()  # of one process
     replace(path, lambda file: file.write((json.dumps(about | result, indent=1) + "\n").encode()))
