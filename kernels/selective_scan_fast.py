@@ -407,8 +407,8 @@ def selective_scan_adjoint_kernel(
     d = over_states(first_channel + dl[:, None] * c + i[None, :])
     mask_state = (n < states) & (d < group_size)
     d = d + group * group_size
-    A_tile = gl.load(A + d * states + n, mask=mask_state, other=0.0) * LOG2_E
-    by_state = n.to(gl.int64) * channels + d
+    by_channel = d * states + n
+    A_tile = gl.load(A + by_channel, mask=mask_state, other=0.0) * LOG2_E
 
     t = gl.arange(0, T, layout=gl.SliceLayout(1, TILE))
     d = first_channel + gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, TILE))
@@ -486,8 +486,47 @@ def selective_scan_adjoint_kernel(
             p = gl.exp2(step_s * A_tile) * (dy_s * C_s + p)
 
     piece_at = piece.to(gl.int64) * channels
-    gl.store(piece_adjoints + piece_at * states + by_state, p, mask=mask_state)
+    gl.store(piece_adjoints + piece_at * states + by_channel, p, mask=mask_state)
     gl.store(piece_steps + piece_at + d, gl.sum(steps, axis=0), mask=mask_d)
+
+
+# Holds: BLOCK numbers of p. Reads and writes piece_adjoints once: what each piece sends to the piece before it becomes
+# what enters it from behind.
+@gluon.jit
+def chain_pieces_kernel(
+    A, cu_seqlens, grad_final_state, piece_adjoints, piece_steps, L, channels, states, piece_length, pieces,
+    PACKED: gl.constexpr, HAS_GRAD_FINAL_STATE: gl.constexpr, BLOCK: gl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK of the channels * states numbers of one sequence, through its pieces from last to first."""
+    size = channels * states
+    blocks = gl.cdiv(size, BLOCK)
+    sequence = gl.program_id(0) // blocks
+    i = gl.program_id(0) % blocks * BLOCK + gl.arange(0, BLOCK, layout=gl.BlockedLayout([4], [32], [4], [0]))
+    mask = i < size
+    if PACKED:
+        start = gl.load(cu_seqlens + sequence).to(gl.int64)
+        length = gl.load(cu_seqlens + sequence + 1).to(gl.int64) - start
+        first = (start // piece_length).to(gl.int32) + sequence
+        count = gl.maximum(gl.cdiv(length, piece_length), 1).to(gl.int32)
+    else:
+        first = sequence * pieces
+        count = pieces
+    A_row = gl.load(A + i, mask=mask, other=0.0) * LOG2_E
+    p = gl.zeros([BLOCK], gl.float32, gl.BlockedLayout([4], [32], [4], [0]))
+    if HAS_GRAD_FINAL_STATE:
+        p = gl.load(grad_final_state + gl.to_tensor(sequence).to(gl.int64) * size + i, mask=mask, other=0.0)
+    piece = gl.to_tensor(first + count - 1).to(gl.int64)
+    local = gl.load(piece_adjoints + piece * size + i, mask=mask, other=0.0)
+    step = gl.load(piece_steps + piece * channels + i // states, mask=mask, other=0.0)
+    for j in range(count):
+        decay = gl.exp2(step * A_row)
+        sent = local
+        more = mask & (j + 1 < count)  # the piece before sets off
+        local = gl.load(piece_adjoints + (piece - 1) * size + i, mask=more, other=0.0)
+        step = gl.load(piece_steps + (piece - 1) * channels + i // states, mask=more, other=0.0)
+        gl.store(piece_adjoints + piece * size + i, p, mask=mask)
+        p = decay * p + sent
+        piece -= 1
 
 
 # Holds: the states of one tile of T steps and its decays in registers, the state before every tile of EVERY steps in
@@ -498,14 +537,14 @@ def selective_scan_adjoint_kernel(
 @gluon.jit
 def selective_scan_backward_kernel(
     u, delta, A, B, C, D, z, delta_bias, cu_seqlens, checkpoints, grad_y, grad_final_state,
-    piece_adjoints, piece_steps, du, ddelta, dA, dBC, dD, dz, ddelta_bias, dinitial_state,
+    piece_adjoints, du, ddelta, dA, dBC, dD, dz, ddelta_bias, dinitial_state,
     L, channels, states, group_size, blocks_per_group, programs_per_group, batch_size,
     sequences, piece_length, pieces,
     u_b, u_t, u_d, delta_b, delta_t, delta_d, z_b, z_t, z_d, grad_y_b, grad_y_t, grad_y_d,
     B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n,
     du_b, du_t, du_d, ddelta_b, ddelta_t, ddelta_d, dz_b, dz_t, dz_d,
     HAS_D: gl.constexpr, HAS_Z: gl.constexpr, HAS_BIAS: gl.constexpr, SOFTPLUS: gl.constexpr, PACKED: gl.constexpr,
-    HAS_GRAD_FINAL_STATE: gl.constexpr, SPLIT: gl.constexpr,
+    HAS_INITIAL_STATE: gl.constexpr, HAS_GRAD_FINAL_STATE: gl.constexpr, SPLIT: gl.constexpr,
     EVERY: gl.constexpr, TIME_FIRST: gl.constexpr,
     T: gl.constexpr, G: gl.constexpr, K: gl.constexpr, c: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
@@ -513,6 +552,7 @@ def selective_scan_backward_kernel(
 
     dBC is (2, programs_per_group, Batch, L, groups, N), dB and dC, and every program fills its slice; dA is
     (pieces, D, N), dD and ddelta_bias (pieces, D). `sum_partials_kernel` adds up what comes from several programs.
+    dA may lie where piece_adjoints does: what a program reads there first, it alone reads.
     """
     N: gl.constexpr = G * K
     DL: gl.constexpr = 32 // G * W
@@ -599,27 +639,20 @@ def selective_scan_backward_kernel(
     for block in range(program, blocks_per_group, programs_per_group):
         # Where this thread's states and channels lie.
         first_channel = block * CHANNELS
-        d_row = first_channel + dl[:, None] * c + i[None, :]
-        mask_row = d_row < group_size
-        d_row = d_row + group * group_size
-        d = over_states(d_row)
-        mask_state = (n < states) & over_states(mask_row)
+        d = over_states(first_channel + dl[:, None] * c + i[None, :])
+        mask_state = (n < states) & (d < group_size)
+        d = d + group * group_size
         by_channel = d * states + n
         by_state = n.to(gl.int64) * channels + d
         A_tile = gl.load(A + by_channel, mask=mask_state, other=0.0) * LOG2_E
 
         # The adjoint that enters from behind: p = A_bar_{t+1} g_{t+1}.
         p = gl.zeros([G, K, DL, c], gl.float32, STATE)
-        if HAS_GRAD_FINAL_STATE:
-            where = sequence * channels * states
-            p = gl.load(grad_final_state + where + by_channel, mask=mask_state, other=0.0)
+        piece_at = piece.to(gl.int64) * channels
         if SPLIT:
-            behind = ((stop - begin - 1) // piece_length).to(gl.int32)  # pieces of this sequence after this one
-            for j in range(behind):
-                later = (piece + behind - j).to(gl.int64)
-                step = gl.load(piece_steps + later * channels + d_row, mask=mask_row, other=0.0)
-                local = gl.load(piece_adjoints + later * channels * states + by_state, mask=mask_state, other=0.0)
-                p = gl.exp2(over_states(step) * A_tile) * p + local
+            p = gl.load(piece_adjoints + piece_at * states + by_channel, mask=mask_state, other=0.0)
+        elif HAS_GRAD_FINAL_STATE:
+            p = gl.load(grad_final_state + piece_at * states + by_channel, mask=mask_state, other=0.0)
 
         # Where the numbers of a tile lie, and those of a pair of tiles.
         d = first_channel + gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, TILE))
@@ -826,14 +859,14 @@ def selective_scan_backward_kernel(
                 sums += gl.load(at_sum, mask=mask_sum & (block != program), other=0.0)
                 gl.store(at_sum, sums, mask=mask_sum)
 
-        where = piece.to(gl.int64) * channels
-        gl.store(dA + where * states + by_channel, dA_sum, mask=mask_state)
+        gl.store(dA + piece_at * states + by_channel, dA_sum, mask=mask_state)
         if HAS_D:
-            gl.store(dD + where + d, gl.sum(dD_sum, axis=0), mask=mask_d)
+            gl.store(dD + piece_at + d, gl.sum(dD_sum, axis=0), mask=mask_d)
         if HAS_BIAS:
-            gl.store(ddelta_bias + where + d, gl.sum(dbias_sum, axis=0), mask=mask_d)
-        where = sequence * channels * states
-        gl.store(dinitial_state + where + by_channel, p, mask=mask_state & (piece == first_piece))
+            gl.store(ddelta_bias + piece_at + d, gl.sum(dbias_sum, axis=0), mask=mask_d)
+        if HAS_INITIAL_STATE:
+            where = sequence * channels * states
+            gl.store(dinitial_state + where + by_channel, p, mask=mask_state & (piece == first_piece))
         barrier()  # the next block reads sums that other threads of this program wrote
 
 

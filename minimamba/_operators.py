@@ -7,7 +7,6 @@ validated tensors and never sees autograd. A faster scan is a new backend here, 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from minimamba import cpu_scan, fast_scan
 from minimamba._validation import document_borders
@@ -118,9 +117,8 @@ def _(
     delta_softplus,
     method,
 ):
-    sequences = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    given = (x for x in (u, delta, A, B, C, D, z, delta_bias) if x is not None)
-    return [x.new_empty(x.shape) for x in given] + [A.new_empty(sequences, *A.shape)]
+    given = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    return [x.new_empty(x.shape) for x in given if x is not None]
 
 
 def _setup_context(ctx, inputs, output):
@@ -135,11 +133,8 @@ def _autograd(ctx, grad_y, grad_final_state, _):
     if grad_y is None:
         grad_y = torch.zeros_like(tensors[0])
     gradients = iter(_backward(grad_y, grad_final_state, *tensors, checkpoints, ctx.delta_softplus, ctx.method))
-    arguments = tensors[:8]
-    result = [None if x is None else next(gradients) for x in arguments]
-    initial_state = next(gradients)
-    result.append(None if tensors[8] is None else initial_state)
-    return (*result, None, None, None, None)
+    arguments = tensors[:-1]  # all but cu_seqlens
+    return (*[None if x is None else next(gradients) for x in arguments], None, None, None, None)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -155,18 +150,15 @@ class _Scan(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y, grad_final_state, _):
-        if traced(grad_y, grad_final_state):
+        if torch.is_grad_enabled() or traced(grad_y, grad_final_state):
             return _autograd(ctx, grad_y, grad_final_state, _)
         *tensors, checkpoints = ctx.saved_tensors
         if grad_y is None:
             grad_y = torch.zeros_like(tensors[0])
         backend = BACKENDS[ctx.method]
-        *gradients, initial_state = backend.backward(
-            grad_y, grad_final_state, *tensors, checkpoints, ctx.delta_softplus
-        )
-        return (*gradients, None if tensors[8] is None else initial_state, None, None, None, None)
+        gradients = backend.backward(grad_y, grad_final_state, *tensors, checkpoints, ctx.delta_softplus)
+        return (*gradients, None, None, None, None)
 
 
 @torch.library.custom_op("minimamba::selective_state_update", mutates_args=("state",))

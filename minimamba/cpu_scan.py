@@ -82,7 +82,7 @@ def backward(
 ):
     """Return the gradients of u, delta, A, B, C, D, z, delta_bias and initial_state, each in its argument's dtype.
 
-    Those of D, z and delta_bias are None where the argument is; `grad_final_state` may be None.
+    Those of D, z, delta_bias and initial_state are None where the argument is; `grad_final_state` may be None.
     """
     library = _library(u.device, A.dtype)
     if library is None:
@@ -106,7 +106,7 @@ def backward(
     )  # fmt: skip
     dA, dB, dC, dD, ddelta_bias = (_total(x) for x in (dA, dB, dC, dD, ddelta_bias))
     du, ddelta, dB, dC, dz = (_as(x, y) for x, y in ((du, u), (ddelta, delta), (dB, B), (dC, C), (dz, z)))
-    return du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state
+    return du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, None if initial_state is None else dinitial_state
 
 
 def _total(parts):

@@ -61,12 +61,12 @@ def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delt
         return fused_scan.forward(*inputs, delta_softplus, save)
     A, D, delta_bias, initial_state = contiguous(A, D, delta_bias, initial_state)
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
-    y = u.new_empty(u.shape)
+    (y,) = _empty_like(u)
     with torch.cuda.device_of(u):
         cut, launches = _forward_launches(_kinds(*inputs), u.device, delta_softplus, save)
-        final_state = A.new_empty(cut.sequences, *A.shape)
+        final_state = A.new_empty((cut.sequences, *A.shape))
         checkpoints = A.new_empty(checkpoint_shape(u, A, B, C, cu_seqlens) if save else 0)
-        piece_states, piece_steps = _parts(A, cut.rooms)
+        piece_states, piece_steps = _parts(A, cut.rooms) if cut.split else (None, None)
         for launch in launches:
             launch(*inputs, y, final_state, checkpoints, piece_states, piece_steps)
     return y, final_state, checkpoints
@@ -109,7 +109,7 @@ def backward(
 ):
     """Return the gradients of u, delta, A, B, C, D, z, delta_bias and initial_state, each in its argument's dtype.
 
-    Those of D, z and delta_bias are None where the argument is; `grad_final_state` may be None.
+    Those of D, z, delta_bias and initial_state are None where the argument is; `grad_final_state` may be None.
     """
     if not serves(u, A, B, C):
         return fused_scan.backward(
@@ -117,18 +117,19 @@ def backward(
             delta_softplus,
         )  # fmt: skip
     A, D, delta_bias, grad_final_state = contiguous(A, D, delta_bias, grad_final_state)
-    kinds = _kinds(u, delta, A, B, C, D, z, delta_bias, cu_seqlens, grad_y, grad_final_state)
+    kinds = _kinds(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, grad_y, grad_final_state)
     with torch.cuda.device_of(u):
-        cut, rooms, adjoint, main, sums = _backward_launches(kinds, u.device, delta_softplus)
-        # What the first kernel leaves for the second, and what each program, or each piece, sums up by itself.
-        piece_adjoints, piece_steps, part_dBC, part_dA, part_dD, part_dbias = _parts(A, rooms)
-        if cut.split:
-            adjoint(delta, A, C, z, delta_bias, cu_seqlens, grad_y, piece_adjoints, piece_steps)
-        du, ddelta, dz = _empty_like(u, delta, z)
-        dinitial_state = A.new_empty(cut.sequences, *A.shape)
+        split, rooms, adjoint, chain, main, sums = _backward_launches(kinds, u.device, delta_softplus)
+        # What each program, or each piece, sums up by itself. A piece's part of dA takes the place of the adjoint that
+        # entered it.
+        part_dA, piece_steps, part_dBC, part_dD, part_dbias = _parts(A, rooms)
+        if split:
+            adjoint(delta, A, C, z, delta_bias, cu_seqlens, grad_y, part_dA, piece_steps)
+            chain(A, cu_seqlens, grad_final_state, part_dA, piece_steps)
+        du, ddelta, dz, dinitial_state = _empty_like(u, delta, z, initial_state)
         main(
             u, delta, A, B, C, D, z, delta_bias, cu_seqlens, checkpoints, grad_y, grad_final_state,
-            piece_adjoints, piece_steps, du, ddelta, part_dA, part_dBC, part_dD, dz, part_dbias, dinitial_state,
+            part_dA, du, ddelta, part_dA, part_dBC, part_dD, dz, part_dbias, dinitial_state,
         )  # fmt: skip
         # The sums of these; made only now, while the GPU is busy.
         dA, dB, dC, dD, dbias = _empty_like(A, B, C, D, delta_bias)
@@ -140,11 +141,11 @@ def backward(
 def _backward_launches(kinds, device, delta_softplus):
     from minimamba.kernels import selective_scan_fast as kernels
 
-    u, delta, A, B, C, D, z, delta_bias, cu_seqlens, grad_y, grad_final_state = _named(kinds)
+    u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, grad_y, grad_final_state = _named(kinds)
     cut = _Cut(u, A, B, cu_seqlens, *_machine(device), backward=True)
+    packed, final = cu_seqlens is not None, grad_final_state is not None
     options = {
-        "HAS_Z": z is not None, "HAS_BIAS": delta_bias is not None, "SOFTPLUS": delta_softplus,
-        "PACKED": cu_seqlens is not None,
+        "HAS_Z": z is not None, "HAS_BIAS": delta_bias is not None, "SOFTPLUS": delta_softplus, "PACKED": packed,
     }  # fmt: skip
     tile = first_backward_tile(A.shape[1], cut.group_size)
     blocks = -(-cut.group_size // tile.block)
@@ -155,37 +156,43 @@ def _backward_launches(kinds, device, delta_softplus):
          *delta.strides, *_strides(z), *grad_y.strides, *_map_strides(C)),
         tile.warps, **options, **tile.constants(u),
     )  # fmt: skip
+    chain = Launch(
+        kernels.chain_pieces_kernel, cut.sequences * -(-channels * states // SUM_BLOCK),
+        (lengths, channels, states, *pieces[1:]), 4, PACKED=packed, HAS_GRAD_FINAL_STATE=final, BLOCK=SUM_BLOCK,
+    )  # fmt: skip
     programs = cut.programs_per_group
     main = Launch(
         kernels.selective_scan_backward_kernel, cut.pieces * cut.groups * programs,
         (lengths, channels, states, group_size, blocks_per_group, programs, u.shape[0], *pieces,
          *u.strides, *delta.strides, *_strides(z), *grad_y.strides, *_map_strides(B), *_map_strides(C),
          *u.dense, *u.dense, *u.dense),
-        cut.tile.warps, HAS_D=D is not None, **options, HAS_GRAD_FINAL_STATE=grad_final_state is not None,
-        SPLIT=cut.split, EVERY=EVERY, **cut.tile.constants(u),
+        cut.tile.warps, HAS_D=D is not None, **options, HAS_INITIAL_STATE=initial_state is not None,
+        HAS_GRAD_FINAL_STATE=final, SPLIT=cut.split, EVERY=EVERY, **cut.tile.constants(u),
     )  # fmt: skip
     columns = [0 if x is None else math.prod(x.shape) for x in (B, C, A, D, delta_bias)]
     sums = Launch(
         kernels.sum_partials_kernel, sum(-(-n // SUM_BLOCK) for n in columns), (programs, cut.pieces, *columns), 4,
         HAS_D=D is not None, HAS_BIAS=delta_bias is not None, BLOCK=SUM_BLOCK,
     )  # fmt: skip
-    columns_of_pieces = [cut.pieces * n for n in columns[2:]]
-    rooms = (*cut.rooms, programs * (columns[0] + columns[1]), *columns_of_pieces)
-    return cut, rooms, adjoint, main, sums
+    sums_of_pieces = [cut.pieces * n for n in columns[3:]]
+    rooms = [*cut.rooms, *_aligned(programs * (columns[0] + columns[1]), *sums_of_pieces)]
+    return cut.split, rooms, adjoint, chain, main, sums
 
 
 def _parts(A, rooms):
-    """Cut one new tensor into parts of so many numbers, each beginning at a multiple of 16 bytes.
+    """Cut one new tensor into parts of so many numbers: a small scan takes less time than six allocations would."""
+    return A.new_empty(sum(rooms)).split_with_sizes(rooms)
 
-    One, because a small scan takes less time than the six allocations would.
-    """
-    rooms = [-(-room // 4) * 4 for room in rooms]
-    return A.new_empty(sum(rooms)).split(rooms)
+
+def _aligned(*rooms):
+    """Round up, so that each of the parts begins at a multiple of 16 bytes."""
+    return [-(-room // 4) * 4 for room in rooms]
 
 
 def _empty_like(*tensors):
     """Room for a gradient of each tensor, contiguous; None for None."""
-    return [None if x is None else x.new_empty(x.shape) for x in tensors]
+    dense = torch.contiguous_format
+    return [None if x is None else torch.empty_like(x, memory_format=dense) for x in tensors]
 
 
 class _Kind(NamedTuple):
@@ -236,8 +243,8 @@ class _Cut:
             self.pieces = length // piece_length + self.sequences
         counts = (length, channels, states, self.group_size, blocks_per_group)
         self.numbers = (*counts, self.sequences, piece_length or length, pieces)
-        # Room for what the first kernel leaves for the second: a state and a sum of steps for each piece.
-        self.rooms = (self.pieces * channels * states, self.pieces * channels) if self.split else (0, 0)
+        # Room for a state and a sum of steps of each piece.
+        self.rooms = _aligned(self.pieces * channels * states, self.pieces * channels * self.split)
 
 
 @functools.cache

@@ -88,7 +88,7 @@ def backward(
     """Launch the backward kernel; `grad_final_state` may be None. The checkpoints hold `initial_state` too.
 
     Returns the gradients of u, delta, A, B, C, D, z, delta_bias and initial_state, in that order, each in the
-    dtype of its argument; None for D, z, delta_bias where the argument is None.
+    dtype of its argument; None for D, z, delta_bias, initial_state where the argument is None.
     """
     require_triton(u.device)
     from minimamba.kernels.selective_scan import selective_scan_backward_kernel
@@ -115,6 +115,7 @@ def backward(
         )  # fmt: skip
     dB, dC = (partial.sum(0).view(x.shape).to(x.dtype) for partial, x in ((dB, B), (dC, C)))
     dD, ddelta_bias = (None if x is None else x.sum(0) for x in (dD, ddelta_bias))
+    dinitial_state = None if initial_state is None else dinitial_state
     return du, ddelta, dA.sum(0), dB, dC, dD, dz, ddelta_bias, dinitial_state
 
 

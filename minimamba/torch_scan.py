@@ -65,7 +65,7 @@ def backward(
 ):
     """Return the gradients of u, delta, A, B, C, D, z, delta_bias and initial_state, each in its argument's dtype.
 
-    Those of D, z and delta_bias are None where the argument is; `grad_final_state` may be None.
+    Those of D, z, delta_bias and initial_state are None where the argument is; `grad_final_state` may be None.
     """
     wide = A.dtype
     step = _step_size(delta, delta_bias, delta_softplus, wide)
@@ -116,7 +116,7 @@ def backward(
         dD,
         dz,
         ddelta_bias,
-        torch.cat(dinitial_states),
+        None if initial_state is None else torch.cat(dinitial_states),
     )
 
 

@@ -55,6 +55,8 @@ def check(recorder):
         for name, one, two in zip(recorder.names, first, other, strict=True):
             if isinstance(one, torch.Tensor):
                 assert type(two) is kind, name
+            elif one is None:
+                assert two is (0 if kind is int else None), name
             else:
                 assert type(one) is type(two) and one == two, name
 

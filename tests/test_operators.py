@@ -117,6 +117,15 @@ def test_any_argument_may_be_of_a_subclass_without_memory(k):
     torch.testing.assert_close(selective_scan(*tensors, method="cpu").a, expected)
 
 
+def test_a_second_derivative_is_refused_and_not_zero():
+    problem = make(batch=1, length=5)
+    u = problem.tensors["u"].requires_grad_()
+    y = problem.run(selective_scan, method="cpu")[0]
+    (du,) = torch.autograd.grad(y.square().sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match="selective_scan_backward"):
+        du.sum().backward()
+
+
 @pytest.mark.parametrize("k", range(5))
 def test_forward_mode_is_refused_and_not_zero(k):
     tensors = five()
