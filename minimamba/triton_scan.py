@@ -116,7 +116,7 @@ class Launch:
             kernel, programs, numbers, warps, constants,
         )  # fmt: skip
         self.rest = (*numbers, *constants.values())  # in the order of the kernel's arguments
-        self.compiled = {}
+        self.runs = {}  # of what is compiled, by alignment
 
     def __call__(self, *tensors):
         # Of a tensor Triton asks the driver where it lies; an address it takes as it is.
@@ -124,13 +124,12 @@ class Launch:
         aligned = not functools.reduce(operator.or_, addresses) % 16  # nearly always; tuples take longer
         if not aligned:
             aligned = tuple([x % 16 == 0 for x in addresses])
-        compiled = self.compiled.get(aligned)
-        if compiled is None:
-            self.compiled[aligned] = self.kernel[(self.programs,)](
-                *tensors, *self.numbers, **self.constants, num_warps=self.warps
-            )
+        run = self.runs.get(aligned)
+        if run is None:
+            compiled = self.kernel[(self.programs,)](*tensors, *self.numbers, **self.constants, num_warps=self.warps)
+            self.runs[aligned] = compiled[(self.programs, 1, 1)]
         else:
-            compiled[(self.programs, 1, 1)](*addresses, *self.rest)
+            run(*addresses, *self.rest)
 
 
 def load_ipython_extension(ipython):

@@ -161,7 +161,7 @@ def test_a_launch_compiles_once_for_each_alignment():
     launch(x, None)
     launch(x, None)
     launch(x[1:], None)
-    assert [len(launch.compiled), len(calls)] == [2, 3]
+    assert [len(launch.runs), len(calls)] == [2, 3]
     assert calls[0] == ((7,), (x, None, 2, 3), {"FLAG": True, "num_warps": 4})
     assert calls[1] == ((7, 1, 1), (x.data_ptr(), 0, 2, 3, True), {})
 
