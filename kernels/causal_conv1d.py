@@ -2,18 +2,21 @@
 
 A program owns BLOCK_D channels of one chunk of a sequence, in SEGMENTS runs of STEPS rows or more. A thread loads
 STEPS rows of its run at a time: independent loads, so their latency is paid once. The W - 1 rows before them come
-from a cache, since the neighbouring run loads them at the same time (forward), or are still in registers (backward).
+from a cache, since the neighbouring run loads them at the same time, or are still in registers.
 Everything is bound by memory; arithmetic hides behind it. A sequence is an entry of the batch, or a document of a
 packed row. Its state is the W - 1 rows before it.
 
 Which axis lies along the lanes of a warp is the caller's choice, TIME_LAST: channels, (SEGMENTS, BLOCK_D) tiles
-whose rows are loaded one by one; or time, (BLOCK_D, SEGMENTS) tiles whose STEPS rows are one vector a thread.
+whose rows are loaded one by one; or time, (BLOCK_D, SEGMENTS) tiles whose STEPS rows are one vector a thread. There
+the W - 1 rows beside them come as VECTORS too, of FEW (each alone would cost as much as the STEPS), if memory is
+aligned so that there are vectors at all.
 """
 
 import triton
 import triton.language as tl
 
 STEPS = tl.constexpr(8)  # 16 bytes of half precision, the widest load there is
+FEW = tl.constexpr(4)  # the W - 1 rows beside these, and what fills up their vector
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -89,32 +92,44 @@ def steps_until(stop, t):
 
 
 @triton.jit
-def load_rows(x, t, stop, d, mask_d, x_t, x_d, TIME_LAST: tl.constexpr):
-    """Rows t, ..., t + STEPS - 1 as they lie in memory, zero from `stop` on: a tuple of tiles, or of one tile."""
-    left = steps_until(stop, t)
+def load_rows(
+    x, t, start, stop, d, mask_d, x_t, x_d, COUNT: tl.constexpr, MAY_PRECEDE: tl.constexpr, TIME_LAST: tl.constexpr
+):
+    """Rows t, ..., t + COUNT - 1 as they lie in memory: a tuple of tiles, one a row or one for each 16 bytes.
+
+    Zero from `stop` on, and before `start` where they MAY_PRECEDE it.
+    """
+    before, left = steps_until(start, t), steps_until(stop, t)
     x += t * x_t + d * x_d
     if TIME_LAST:
-        j = tl.arange(0, STEPS)[None, None, :]
-        mask = (j < left[:, :, None]) & mask_d[:, :, None]
-        return (tl.load(x[:, :, None] + j.to(tl.int64) * x_t, mask=mask, other=0.0),)
+        wide: tl.constexpr = min(COUNT, 128 // x.dtype.element_ty.primitive_bitwidth)
+        vectors = ()
+        for i in tl.static_range(COUNT // wide):
+            j = i * wide + tl.arange(0, wide)[None, None, :]
+            mask = (j < left[:, :, None]) & mask_d[:, :, None]
+            if MAY_PRECEDE:
+                mask &= j >= before[:, :, None]
+            vectors = vectors + (tl.load(x[:, :, None] + j.to(tl.int64) * x_t, mask=mask, other=0.0),)
+        return vectors
     else:
         rows = ()
-        for j in tl.static_range(STEPS):
-            rows = rows + (tl.load(x, mask=(j < left) & mask_d, other=0.0),)
+        for j in tl.static_range(COUNT):
+            mask = (j < left) & mask_d
+            if MAY_PRECEDE:
+                mask &= j >= before
+            rows = rows + (tl.load(x, mask=mask, other=0.0),)
             x += x_t
         return rows
 
 
 @triton.jit
 def as_rows(loaded, TIME_LAST: tl.constexpr, DTYPE: tl.constexpr):
-    """What `load_rows` loaded, as a tuple of STEPS tiles to compute with."""
-    if TIME_LAST:
-        return unpack(loaded[0].to(DTYPE))
-    else:
-        rows = ()
-        for j in tl.static_range(STEPS):
-            rows = rows + (loaded[j].to(DTYPE),)
-        return rows
+    """What `load_rows` loaded, as a tuple of tiles to compute with, one a row."""
+    rows = ()
+    for i in tl.static_range(len(loaded)):
+        tile = loaded[i].to(DTYPE)
+        rows = rows + (unpack(tile) if TIME_LAST else (tile,))
+    return rows
 
 
 @triton.jit
@@ -143,11 +158,16 @@ def store_row(y, row, t, first, stop, d, mask_d, y_t, y_d):
 
 @triton.jit
 def unpack(tile):
-    """(M, N, 8) -> a tuple of eight (M, N). A thread holds all eight, so nothing moves."""
+    """(M, N, K) -> a tuple of K (M, N); K is 2, 4 or 8. A thread holds all K, so nothing moves."""
+    if tile.shape[2] == 2:
+        return tl.split(tile)
     low, high = halves(tile)
-    a, b = halves(low)
-    c, d = halves(high)
-    return tl.split(a) + tl.split(b) + tl.split(c) + tl.split(d)
+    if tile.shape[2] == 4:
+        return tl.split(low) + tl.split(high)
+    else:
+        a, b = halves(low)
+        c, d = halves(high)
+        return tl.split(a) + tl.split(b) + tl.split(c) + tl.split(d)
 
 
 @triton.jit
@@ -158,7 +178,7 @@ def halves(tile):
 
 @triton.jit
 def pack(rows):
-    """The inverse of `unpack`."""
+    """The inverse of `unpack`, of eight."""
     low = joined(tl.join(rows[0], rows[1]), tl.join(rows[2], rows[3]))
     high = joined(tl.join(rows[4], rows[5]), tl.join(rows[6], rows[7]))
     return joined(low, high)
@@ -171,26 +191,31 @@ def joined(low, high):
 
 
 @triton.jit
-def load_few(
+def load_before(
     x, state, t, start, stop, d, mask_d, x_t, x_d, state_d, state_w,
-    WIDTH: tl.constexpr, HAS_STATE: tl.constexpr, DTYPE: tl.constexpr,
+    WIDTH: tl.constexpr, HAS_STATE: tl.constexpr, VECTORS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Rows t, ..., t + W - 2 as a tuple; zero outside the sequence, but for the initial state before its start.
-
-    t is no further than W - 1 steps before the start.
-    """
-    before = steps_until(start, t)
-    left = steps_until(stop, t)
-    x += t * x_t + d * x_d
-    rows = ()
-    for j in tl.static_range(WIDTH - 1):
-        row = tl.load(x, mask=(j >= before) & (j < left) & mask_d, other=0.0).to(DTYPE)
-        x += x_t
-        if HAS_STATE:
-            slot = (WIDTH - 1 + j - before).to(tl.int64)
-            row += tl.load(state + slot * state_w + d * state_d, mask=(j < before) & mask_d, other=0.0).to(DTYPE)
-        rows = rows + (row,)
+    """The W - 1 rows before step t >= start as a tuple; before the start those of the initial state, or zero."""
+    count: tl.constexpr = FEW if VECTORS else WIDTH - 1
+    loaded = load_rows(x, t - count, start, stop, d, mask_d, x_t, x_d, count, True, VECTORS)
+    rows = as_rows(loaded, VECTORS, DTYPE)[count - WIDTH + 1 :]
+    if HAS_STATE:
+        from_state = ()
+        for j in tl.static_range(WIDTH - 1):
+            slot = t - start + j
+            mask = (slot < WIDTH - 1) & mask_d
+            row = tl.load(state + slot * state_w + d * state_d, mask=mask, other=0.0)
+            from_state = from_state + (rows[j] + row.to(DTYPE),)
+        rows = from_state
     return rows
+
+
+@triton.jit
+def load_after(x, t, stop, d, mask_d, x_t, x_d, WIDTH: tl.constexpr, VECTORS: tl.constexpr, DTYPE: tl.constexpr):
+    """Rows t, ..., t + W - 2 as a tuple; zero from `stop` on."""
+    count: tl.constexpr = FEW if VECTORS else WIDTH - 1
+    loaded = load_rows(x, t, t, stop, d, mask_d, x_t, x_d, count, False, VECTORS)
+    return as_rows(loaded, VECTORS, DTYPE)[: WIDTH - 1]
 
 
 @triton.jit
@@ -210,8 +235,8 @@ def causal_conv1d_forward_kernel(
     L, channels, sequences, chunks, iterations,
     x_b, x_t, x_d, y_b, y_t, y_d, weight_d, weight_w, state_b, state_d, state_w,
     WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL_STATE: tl.constexpr,
-    WANT_FINAL_STATE: tl.constexpr, PACKED: tl.constexpr, TIME_LAST: tl.constexpr, DTYPE: tl.constexpr,
-    SEGMENTS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr,
+    WANT_FINAL_STATE: tl.constexpr, PACKED: tl.constexpr, TIME_LAST: tl.constexpr, VECTORS: tl.constexpr,
+    DTYPE: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_D channels, SEGMENTS * STEPS * iterations steps of one sequence."""
     program = (tl.program_id(0) // BLOCKS).to(tl.int64)  # int64: offsets pass 2^31 in large tensors
@@ -230,11 +255,11 @@ def causal_conv1d_forward_kernel(
     taps, offset = load_weight(weight, bias, d, mask_d, weight_d, weight_w, WIDTH, HAS_BIAS, DTYPE)
     first = begin + segment * STEPS
     stride = STEPS * SEGMENTS
-    window = load_few(
-        x, initial_state, first - (WIDTH - 1), start, stop, d, mask_d, x_t, x_d, state_d, state_w,
-        WIDTH, HAS_INITIAL_STATE, DTYPE,
+    window = load_before(
+        x, initial_state, first, start, stop, d, mask_d, x_t, x_d, state_d, state_w,
+        WIDTH, HAS_INITIAL_STATE, VECTORS, DTYPE,
     )  # fmt: skip
-    ahead = load_rows(x, first, stop, d, mask_d, x_t, x_d, TIME_LAST)
+    ahead = load_rows(x, first, start, stop, d, mask_d, x_t, x_d, STEPS, False, TIME_LAST)
     rounds = rounds_of(stop - begin, iterations, STEPS * SEGMENTS, PACKED)
     for i in range(rounds):
         t = first + i * stride
@@ -247,17 +272,18 @@ def causal_conv1d_forward_kernel(
             outputs = outputs + (out,)
         store_rows(y, outputs, t, start, stop, d, mask_d, y_t, y_d, False, TIME_LAST)
         limit = tl.where(i + 1 < rounds, stop, 0)
-        ahead = load_rows(x, t + stride, limit, d, mask_d, x_t, x_d, TIME_LAST)
-        window = load_few(
-            x, initial_state, t + stride - (WIDTH - 1), start, limit, d, mask_d, x_t, x_d, state_d, state_w,
-            WIDTH, False, DTYPE,
+        ahead = load_rows(x, t + stride, start, limit, d, mask_d, x_t, x_d, STEPS, False, TIME_LAST)
+        window = load_before(
+            x, initial_state, t + stride, start, limit, d, mask_d, x_t, x_d, state_d, state_w,
+            WIDTH, False, VECTORS, DTYPE,
         )  # fmt: skip
 
     if WANT_FINAL_STATE:  # noqa: SIM102 (decided when the kernel is compiled)
         if begin + chunk >= stop and (begin < stop or index == 0):  # the sequence's last program
-            rows = load_few(
-                x, initial_state, stop - (WIDTH - 1), start, stop, d, mask_d, x_t, x_d, state_d, state_w,
-                WIDTH, HAS_INITIAL_STATE, DTYPE,
+            last = stop + tl.zeros(d.shape, tl.int64)
+            rows = load_before(
+                x, initial_state, last, start, stop, d, mask_d, x_t, x_d, state_d, state_w,
+                WIDTH, HAS_INITIAL_STATE, VECTORS, DTYPE,
             )  # fmt: skip
             for j in tl.static_range(WIDTH - 1):
                 pointers = final_state + (sequence * channels + d) * (WIDTH - 1) + j
@@ -265,26 +291,26 @@ def causal_conv1d_forward_kernel(
 
 
 @triton.jit
-def through_silu(rows, j: tl.constexpr, dy, inside, taps, offset, WIDTH: tl.constexpr, SILU: tl.constexpr):
-    """The gradient of pre, from that of y; zero outside the sequence whatever is computed there."""
+def through_silu(rows, j: tl.constexpr, dy, taps, offset, WIDTH: tl.constexpr, SILU: tl.constexpr):
+    """The gradient of pre, from that of y: zero outside the sequence, as dy is there."""
     if SILU:
         pre = convolve(rows, j, taps, offset, WIDTH)
         s = sigmoid(pre)
-        dy *= s * (1.0 + pre * (1.0 - s))
-    return tl.where(inside, dy, 0.0)
+        dy = dy * s * (1.0 + pre * (1.0 - s))
+    return dy
 
 
 @triton.jit
 def gradients_after(
-    x, grad_y, window, t, start, stop, d, mask_d, x_t, x_d, grad_y_t, grad_y_d, taps, offset,
-    WIDTH: tl.constexpr, SILU: tl.constexpr, DTYPE: tl.constexpr,
+    x, grad_y, window, t, stop, d, mask_d, x_t, x_d, grad_y_t, grad_y_d, taps, offset,
+    WIDTH: tl.constexpr, SILU: tl.constexpr, VECTORS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of pre at steps t, ..., t + W - 2, behind the rows in `window`."""
-    rows = window + load_few(x, x, t, start, stop, d, mask_d, x_t, x_d, 0, 0, WIDTH, False, DTYPE)
-    dy_rows = load_few(grad_y, x, t, start, stop, d, mask_d, grad_y_t, grad_y_d, 0, 0, WIDTH, False, DTYPE)
+    rows = window + load_after(x, t, stop, d, mask_d, x_t, x_d, WIDTH, VECTORS, DTYPE)
+    dy_rows = load_after(grad_y, t, stop, d, mask_d, grad_y_t, grad_y_d, WIDTH, VECTORS, DTYPE)
     gradients = ()
     for j in tl.static_range(WIDTH - 1):
-        gradients = gradients + (through_silu(rows, j, dy_rows[j], t + j < stop, taps, offset, WIDTH, SILU),)
+        gradients = gradients + (through_silu(rows, j, dy_rows[j], taps, offset, WIDTH, SILU),)
     return gradients
 
 
@@ -319,8 +345,8 @@ def causal_conv1d_backward_kernel(
     x_b, x_t, x_d, grad_y_b, grad_y_t, grad_y_d, dx_b, dx_t, dx_d, weight_d, weight_w, state_b, state_d, state_w,
     grad_state_b, grad_state_d, grad_state_w,
     WIDTH: tl.constexpr, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL_STATE: tl.constexpr,
-    HAS_GRAD_FINAL_STATE: tl.constexpr, PACKED: tl.constexpr, TIME_LAST: tl.constexpr, DTYPE: tl.constexpr,
-    SEGMENTS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr,
+    HAS_GRAD_FINAL_STATE: tl.constexpr, PACKED: tl.constexpr, TIME_LAST: tl.constexpr, VECTORS: tl.constexpr,
+    DTYPE: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_D channels, SEGMENTS * STEPS * iterations steps of one sequence.
 
@@ -347,60 +373,59 @@ def causal_conv1d_backward_kernel(
     for _ in tl.static_range(WIDTH + 1):
         sums = sums + (nothing,)
     gradients = ()
-    for _ in tl.static_range(WIDTH - 1):
+    for _ in tl.static_range(0 if TIME_LAST else WIDTH - 1):
         gradients = gradients + (nothing,)
     first = begin + segment * (STEPS * iterations)
     if not TIME_LAST:
-        window = load_few(
-            x, initial_state, first - (WIDTH - 1), start, stop, d, mask_d, x_t, x_d, state_d, state_w,
-            WIDTH, HAS_INITIAL_STATE, DTYPE,
+        window = load_before(
+            x, initial_state, first, start, stop, d, mask_d, x_t, x_d, state_d, state_w,
+            WIDTH, HAS_INITIAL_STATE, VECTORS, DTYPE,
         )  # fmt: skip
     rounds = rounds_of(stop - begin, iterations, STEPS * (SEGMENTS if TIME_LAST else 1), PACKED)
     for i in range(rounds):
-        if TIME_LAST:
-            t = begin + (i * SEGMENTS + segment) * STEPS
-            window = load_few(
-                x, initial_state, t - (WIDTH - 1), start, stop, d, mask_d, x_t, x_d, state_d, state_w,
-                WIDTH, HAS_INITIAL_STATE, DTYPE,
+        if TIME_LAST:  # back in time: the rows after the last segment were there the round before, and are in a cache
+            t = begin + ((rounds - 1 - i) * SEGMENTS + segment) * STEPS
+            window = load_before(
+                x, initial_state, t, start, stop, d, mask_d, x_t, x_d, state_d, state_w,
+                WIDTH, HAS_INITIAL_STATE, VECTORS, DTYPE,
             )  # fmt: skip
         else:
             t = first + i * STEPS
-        rows = window + as_rows(load_rows(x, t, stop, d, mask_d, x_t, x_d, TIME_LAST), TIME_LAST, DTYPE)
-        dy_rows = as_rows(load_rows(grad_y, t, stop, d, mask_d, grad_y_t, grad_y_d, TIME_LAST), TIME_LAST, DTYPE)
-        new = ()
-        for j in tl.static_range(STEPS):
-            gradient = through_silu(rows, j, dy_rows[j], t + j < stop, taps, offset, WIDTH, SILU)
-            new = new + (gradient,)
-            added = ()
-            for k in tl.static_range(WIDTH):
-                added = added + (sums[k] + gradient * rows[j + k],)
-            sums = added + (sums[WIDTH] + gradient,)
+        loaded = load_rows(x, t, start, stop, d, mask_d, x_t, x_d, STEPS, False, TIME_LAST)
+        rows = window + as_rows(loaded, TIME_LAST, DTYPE)
+        loaded = load_rows(grad_y, t, start, stop, d, mask_d, grad_y_t, grad_y_d, STEPS, False, TIME_LAST)
+        dy_rows = as_rows(loaded, TIME_LAST, DTYPE)
         if TIME_LAST:
-            after = gradients_after(
-                x, grad_y, rows[STEPS:], t + STEPS, start, stop, d, mask_d, x_t, x_d, grad_y_t, grad_y_d, taps, offset,
-                WIDTH, SILU, DTYPE,
+            t_after = t + STEPS
+            rows = rows + load_after(x, t_after, stop, d, mask_d, x_t, x_d, WIDTH, VECTORS, DTYPE)
+            dy_rows = dy_rows + load_after(
+                grad_y, t_after, stop, d, mask_d, grad_y_t, grad_y_d, WIDTH, VECTORS, DTYPE
             )  # fmt: skip
-            seen = new + after
-            at = t
-        else:
-            seen = gradients + new
-            at = t - (WIDTH - 1)
+        for j in tl.static_range(len(dy_rows)):
+            gradient = through_silu(rows, j, dy_rows[j], taps, offset, WIDTH, SILU)
+            gradients = gradients + (gradient,)
+            if j < STEPS:
+                added = ()
+                for k in tl.static_range(WIDTH):
+                    added = added + (sums[k] + gradient * rows[j + k],)
+                sums = added + (sums[WIDTH] + gradient,)
+        at = t if TIME_LAST else t - (WIDTH - 1)
         dx_rows = ()
         for j in tl.static_range(STEPS):
-            row = convolve_back(seen, j, taps, WIDTH)
+            row = convolve_back(gradients, j, taps, WIDTH)
             dx_rows = dx_rows + (add_gradient_of_state(
                 row, grad_final_state, at + j, stop, d, mask_d, grad_state_d, grad_state_w, WIDTH, HAS_GRAD_FINAL_STATE
             ),)  # fmt: skip
         store_rows(dx, dx_rows, at, first, stop, d, mask_d, dx_t, dx_d, True, TIME_LAST)
+        gradients = gradients[len(dy_rows) :]
         if not TIME_LAST:
             window = rows[STEPS:]
-            gradients = new[STEPS - WIDTH + 1 :]
 
     if not TIME_LAST:  # the last W - 1 rows
         t = first + rounds * STEPS
         gradients = gradients + gradients_after(
-            x, grad_y, window, t, start, stop, d, mask_d, x_t, x_d, grad_y_t, grad_y_d, taps, offset,
-            WIDTH, SILU, DTYPE,
+            x, grad_y, window, t, stop, d, mask_d, x_t, x_d, grad_y_t, grad_y_d, taps, offset,
+            WIDTH, SILU, VECTORS, DTYPE,
         )  # fmt: skip
         for j in tl.static_range(WIDTH - 1):
             at = t - (WIDTH - 1) + j
@@ -416,13 +441,14 @@ def causal_conv1d_backward_kernel(
 
     if HAS_INITIAL_STATE:  # noqa: SIM102
         if index == 0:  # the W - 1 rows before the sequence: the steps before its start send them nothing
-            before = load_few(
-                x, initial_state, start - (WIDTH - 1), start, stop, d, mask_d, x_t, x_d, state_d, state_w,
-                WIDTH, True, DTYPE,
+            at_start = start + tl.zeros(d.shape, tl.int64)
+            before = load_before(
+                x, initial_state, at_start, start, stop, d, mask_d, x_t, x_d, state_d, state_w,
+                WIDTH, True, VECTORS, DTYPE,
             )  # fmt: skip
             after_start = gradients_after(
-                x, grad_y, before, start, start, stop, d, mask_d, x_t, x_d, grad_y_t, grad_y_d, taps, offset,
-                WIDTH, SILU, DTYPE,
+                x, grad_y, before, at_start, stop, d, mask_d, x_t, x_d, grad_y_t, grad_y_d, taps, offset,
+                WIDTH, SILU, VECTORS, DTYPE,
             )  # fmt: skip
             received = ()
             for _ in tl.static_range(WIDTH - 1):

@@ -23,14 +23,34 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its nam
 
 @gluon.constexpr_function
 def state_layout(G, K, c, W):
-    """(G, K, DL, c): a thread's K states and c channels in its registers, G lanes to a channel."""
-    return gl.BlockedLayout([1, K, 1, c], [G, 1, 32 // G, 1], [1, 1, W, 1], [3, 2, 1, 0])
+    """(G, K, DL, c): a thread's K states and c channels in its registers, G lanes to a channel, of G / 32 warps."""
+    lanes = min(G, 32)
+    return gl.BlockedLayout([1, K, 1, c], [lanes, 1, 32 // lanes, 1], [G // lanes, 1, W * lanes // G, 1], [3, 2, 1, 0])
+
+
+@gluon.constexpr_function
+def start_layout(G, K, c, W):
+    """(K, G, channels): the same numbers of each thread, in the order in which shared memory keeps them."""
+    lanes = min(G, 32)
+    return gl.BlockedLayout([K, 1, c], [1, lanes, 32 // lanes], [1, G // lanes, W * lanes // G], [2, 1, 0])
 
 
 @gluon.constexpr_function
 def tile_layout(T, G, channels, W, TIME_FIRST):
-    """(T, G, channels): G in registers, for the sum over it. Vectors along the axis that is contiguous in memory."""
+    """(T, G, channels): G in registers, for the sum over it. Vectors along the axis that is contiguous in memory.
+
+    With many lanes to a channel a tile has fewer numbers than the program has threads: lanes to spare share the sum.
+    """
     each = max(1, T * channels // (32 * W))
+    spare = 32 * W // (T * channels)
+    if G >= 32 and spare > 1:
+        first = min(32, T if TIME_FIRST else channels)
+        sharing = min(spare, 32 // first)
+        rest = 32 // first // sharing
+        if TIME_FIRST:
+            return gl.BlockedLayout([1, 1, 1], [first, sharing, rest], [1, 1, W], [0, 1, 2])
+        warps = min(W, max(1, T // rest))
+        return gl.BlockedLayout([1, 1, 1], [rest, sharing, first], [warps, 1, W // warps], [2, 1, 0])
     if TIME_FIRST:
         vector = min(each, 8, T)
         lanes = min(32, T // vector)
@@ -52,8 +72,8 @@ def map_layout(T, N, W):
 @gluon.constexpr_function
 def sum_layout(T, N, DL, W):
     """(2, T, DL, N) of what is summed over DL to dB and dC: vectors along the states, the rest of a warp along DL."""
-    vector = max(min(4, N), N // 32)
-    lanes = N // vector
+    vector = min(4, N)
+    lanes = min(32, N // vector)
     return gl.BlockedLayout(
         [1, 1, 1, vector], [1, 1, 32 // lanes, lanes], [min(2, W), max(1, W // 2), 1, 1], [3, 2, 1, 0]
     )  # fmt: skip
@@ -172,7 +192,7 @@ def first_checkpoint_of(sequence, start, begin, L, EVERY: gl.constexpr, PACKED: 
 # --- forward -----------------------------------------------------------------------------------------------
 
 
-# Holds: K states of c channels a thread, T steps of c * 32 / G * W channels a program.
+# Holds: K states of c channels a thread, T steps of c * 32 * W / G channels a program.
 # Reads: u, delta, z once; B and C once per program of a sequence. Writes: y, the final state, and for the backward
 # pass the state before every EVERY steps. With LOCAL it is the first kernel for pieces: it starts each but the last of
 # a sequence from zero, and writes the state at its end and the sum of its steps.
@@ -188,9 +208,9 @@ def selective_scan_forward_kernel(
     SAVE: gl.constexpr, EVERY: gl.constexpr, TIME_FIRST: gl.constexpr,
     T: gl.constexpr, G: gl.constexpr, K: gl.constexpr, c: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
-    """One program: c * 32 / G * W channels of one group, for one piece of a sequence."""
+    """One program: c * 32 * W / G channels of one group, for one piece of a sequence."""
     N: gl.constexpr = G * K
-    DL: gl.constexpr = 32 // G * W
+    DL: gl.constexpr = 32 * W // G
     CHANNELS: gl.constexpr = DL * c
     STATE: gl.constexpr = state_layout(G, K, c, W)
     CHANNEL: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, STATE))  # (DL, c)
@@ -377,9 +397,9 @@ def selective_scan_adjoint_kernel(
     TIME_FIRST: gl.constexpr,
     T: gl.constexpr, G: gl.constexpr, K: gl.constexpr, c: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
-    """One program: c * 32 / G * W channels of one group, for one piece of a sequence."""
+    """One program: c * 32 * W / G channels of one group, for one piece of a sequence."""
     N: gl.constexpr = G * K
-    DL: gl.constexpr = 32 // G * W
+    DL: gl.constexpr = 32 * W // G
     CHANNELS: gl.constexpr = DL * c
     STATE: gl.constexpr = state_layout(G, K, c, W)
     CHANNEL: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, STATE))
@@ -555,7 +575,7 @@ def selective_scan_backward_kernel(
     dA may lie where piece_adjoints does: what a program reads there first, it alone reads.
     """
     N: gl.constexpr = G * K
-    DL: gl.constexpr = 32 // G * W
+    DL: gl.constexpr = 32 * W // G
     CHANNELS: gl.constexpr = DL * c
     TILES: gl.constexpr = EVERY // T
     STATE: gl.constexpr = state_layout(G, K, c, W)
@@ -569,11 +589,13 @@ def selective_scan_backward_kernel(
     PAIR_MAPS: gl.constexpr = map_layout(PAIR, N, W)
     SUMS: gl.constexpr = sum_layout(T, N, DL, W)
     SUM: gl.constexpr = gl.SliceLayout(2, SUMS)  # (2, T, N)
+    SUMS_EARLY: gl.constexpr = G >= 32  # many blocks of channels a program: their sums come from far
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     # Swizzled, so that what a warp writes at once goes to different banks of shared memory.
-    CUBE: gl.constexpr = gl.SwizzledSharedLayout(32 // G * c, 1, min(G, W), [2, 1, 0])
+    FEW: gl.constexpr = max(1, 32 // G) * c  # channels of a warp
+    CUBE: gl.constexpr = gl.SwizzledSharedLayout(FEW, max(1, 32 // CHANNELS), min(G, CHANNELS // FEW), [2, 1, 0])
     ROWS: gl.constexpr = gl.SwizzledSharedLayout(min(4, N), max(1, 32 // N), max(1, min(8, N // 4)), [3, 2, 1, 0])
-    START: gl.constexpr = gl.BlockedLayout([K, 1, c], [1, G, 32 // G], [1, 1, W], [2, 1, 0])
+    START: gl.constexpr = start_layout(G, K, c, W)
 
     groups = channels // group_size
     programs = programs_per_group * groups
@@ -785,6 +807,10 @@ def selective_scan_backward_kernel(
                 C_next = gl.load(C + before * C_t + C_at, mask=mask_map, other=0.0)
                 if HAS_Z:
                     z_next = gl.load(z + before * z_t + z_at, mask=mask, other=0.0)
+                if SUMS_EARLY:
+                    earlier = gl.load(
+                        dBC + at * step_stride + sum_at, mask=mask_sum & (block != program), other=0.0
+                    )  # fmt: skip
 
                 # Forward through the tile, keeping every state and decay.
                 h = starts.index(tile - first).load(START).reshape([K, G, DL, c]).permute([1, 0, 2, 3])
@@ -856,8 +882,9 @@ def selective_scan_backward_kernel(
                 sums = gl.sum(dBC_channels.load(SUMS), axis=2)
                 at_sum = dBC + at * step_stride + sum_at
                 # This program's first block of channels writes, the others add.
-                sums += gl.load(at_sum, mask=mask_sum & (block != program), other=0.0)
-                gl.store(at_sum, sums, mask=mask_sum)
+                if not SUMS_EARLY:
+                    earlier = gl.load(at_sum, mask=mask_sum & (block != program), other=0.0)
+                gl.store(at_sum, sums + earlier, mask=mask_sum)
 
         gl.store(dA + piece_at * states + by_channel, dA_sum, mask=mask_state)
         if HAS_D:

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from minimamba._operators import _capturing, refuse_forward_mode, traced
@@ -130,9 +129,11 @@ def _backward_now(grad_y, grad_final_state, x, weight, bias, initial_state, cu_s
         grad_y = x.new_zeros(1, 1, 1).expand(x.shape)
     kinds = kind(x), kind(weight), kind(bias), kind(initial_state), kind(cu_seqlens)
     plan = plan_backward(*kinds, silu, kind(grad_y), kind(grad_final_state))
-    dx, dweight = x.new_empty_strided(x.shape, plan.strides), weight.new_empty(weight.shape)
-    dbias = None if bias is None else bias.new_empty(bias.shape)
-    dinitial_state = None if initial_state is None else x.new_empty(plan.state_shape)
+    dx = x.new_empty_strided(x.shape, plan.strides)
+    dense = torch.contiguous_format
+    dweight, dbias, dinitial_state = (
+        None if y is None else torch.empty_like(y, memory_format=dense) for y in (weight, bias, initial_state)
+    )
     partial = x.new_empty(plan.partial_shape, dtype=wide(x.dtype))
     bias = None if bias is None else bias.contiguous()
     with torch.cuda.device_of(x):
@@ -178,9 +179,8 @@ class _Convolution(torch.autograd.Function):
         return _forward_now(*inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y, grad_final_state):
-        if traced(grad_y, grad_final_state):
+        if torch.is_grad_enabled() or traced(grad_y, grad_final_state):
             return _autograd(ctx, grad_y, grad_final_state)
         gradients = _backward_now(grad_y, grad_final_state, *ctx.saved_tensors, ctx.silu)
         return (*gradients, None, None, None)

@@ -23,16 +23,17 @@ def tile_for(steps, sequences, channels, element_size, *, time_last=False, backw
     """Choose the blocks by rule, for `sequences` of `steps` steps each (on average, where documents are packed).
 
     A multiprocessor hides the latency of memory with some 40 KB on its way. A thread asks for 8 steps of 4 channels
-    at once, with time along the lanes for 2 channels of 8 steps: in half precision 64 and 32 bytes, so 20 to 40
-    warps are enough, and registers allow them. The backward pass asks for twice as much and holds half the warps.
+    at once, with time along the lanes of one: in half precision 64 and 16 bytes, so 20 and 64 warps are enough, and
+    registers allow them. The backward pass asks for twice as much and holds fewer warps. With time along the lanes
+    all 128 threads of a program go along one channel, if it is long enough: so they read memory in its order.
     Lines grow longer while there are five times the warps that an H100 holds: the longer a line, the more rarely are
     the taps loaded, the fewer rows read twice and the fewer sums written.
     """
     rounds = -(-steps // STEPS)
-    lines = (2 if element_size == 8 else 4) // (2 if time_last else 1)
+    lines = 1 if time_last else 2 if element_size == 8 else 4
     if time_last:
-        segments = min(32, next_power_of_2(rounds))
-        block = min(next_power_of_2(channels), 128 * lines // segments)
+        segments = min(128, next_power_of_2(rounds))
+        block = min(next_power_of_2(channels), 128 // segments)
     else:
         block = min(next_power_of_2(channels), 32 * lines)
         segments = min(next_power_of_2(rounds), 128 * lines // block)
@@ -105,6 +106,7 @@ def _plan(x, weight, cu_seqlens, backward=False):
     programs = batch * chunks if cu_seqlens is None else length // chunk + sequences
     constants = {
         "PACKED": cu_seqlens is not None, "TIME_LAST": time_last,
+        "VECTORS": time_last and cu_seqlens is None and _aligned(x[0], strides),
         "DTYPE": tl.float64 if dtype == torch.float64 else tl.float32,
         "SEGMENTS": tile.segments, "BLOCK_D": tile.channels, "BLOCKS": -(-channels // tile.channels),
     }  # fmt: skip
@@ -133,6 +135,11 @@ def plan_update(x, conv_state, weight, bias, silu):
 def _time_is_contiguous(shape, strides):
     """Whether time, not the channels, is to lie along the lanes of a warp: a (B, D, L) tensor seen as (B, L, D)."""
     return strides[1] == 1 and (strides[2] != 1 or shape[2] == 1)
+
+
+def _aligned(shape, strides):
+    """Whether Triton knows that rows begin and end at multiples of a vector: it looks for 16."""
+    return all(n % 16 == 0 for n in (shape[1], strides[0], strides[2]))
 
 
 def strides_like(x):

@@ -22,7 +22,7 @@ class Tile(NamedTuple):
     @property
     def block(self):
         """Channels of a program."""
-        return self.channels * (32 // self.lanes) * self.warps
+        return self.channels * 32 * self.warps // self.lanes
 
     def constants(self, u):
         steps, lanes, states, channels, warps = self
@@ -53,12 +53,12 @@ def plan(sequences, length, group_size, states, backward, multiprocessors, share
     """
     if backward:
         warps = 8 if shared_memory >= 200_000 else 4 if shared_memory >= 120_000 or 4 < states <= 128 else 2
-        tiles = {wide(states, 4, warps): 1.0}
+        tiles = {backward_tile(states, warps): 1.0}
         alone, first_kernel = 1.0, 0.2
     else:
-        tile = wide(states, 16, 4)
+        tile = forward_tile(states)
         tiles = {tile: 1.0}
-        if tile.states == 4 and tile.lanes <= 16:
+        if tile.lanes <= 16:
             tiles[tile._replace(lanes=2 * tile.lanes, states=2)] = 0.56
         alone, first_kernel = 1.15, 0.7  # a program alone on a multiprocessor leaves it idle now and then
 
@@ -80,22 +80,43 @@ def plan(sequences, length, group_size, states, backward, multiprocessors, share
 
 
 def first_backward_tile(states, group_size):
-    """The tile of the backward pass's first kernel, which keeps no states: the forward pass's."""
-    return fit(wide(states, 16, 4), group_size)
+    """The tile of the backward pass's first kernel, which keeps no states: the forward pass's.
+
+    Except for few states, where its channels are too few to keep the memory busy: half as wide.
+    """
+    tile = forward_tile(states)
+    if states <= 4:
+        tile = tile._replace(states=next_power_of_2(states), channels=1)
+    return fit(tile, group_size)
+
+
+def forward_tile(states):
+    """Twice as many warps where a channel takes two of them, for as many channels."""
+    return wide(states, 16, 4 if states <= 128 else 8)
+
+
+def backward_tile(states, warps):
+    """With up to four states a thread holds all of a channel, and what it does once for each step and channel counts.
+
+    So there are no more of them than registers hold, and no state is padded.
+    """
+    tile = wide(states, 4, warps)
+    if states <= 4:
+        padded = next_power_of_2(states)
+        tile = tile._replace(states=padded, channels=2 if padded <= 2 else 1)
+    return tile
 
 
 def wide(states, steps, warps):
     """The tile whose threads have 8 numbers each: as many states as one load brings, of several channels.
 
-    One or two states are padded to four: with more channels instead, a program would be too wide for shared memory.
+    One or two states are padded to four. The lanes of a channel may belong to several warps.
     """
-    padded = max(4, next_power_of_2(states))
-    per_thread = 4 if padded <= 128 else 8
-    return Tile(steps, padded // per_thread, per_thread, 8 // per_thread, warps)
+    return Tile(steps, max(4, next_power_of_2(states)) // 4, 4, 2, warps)
 
 
 def fit(tile, group_size):
     """Take warps away that would have no channels."""
-    while tile.warps > 1 and tile.block >= 2 * group_size:
+    while 32 * tile.warps > max(32, tile.lanes) and tile.block >= 2 * group_size:
         tile = tile._replace(warps=tile.warps // 2)
     return tile

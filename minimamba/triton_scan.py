@@ -127,7 +127,8 @@ class Launch:
         run = self.runs.get(aligned)
         if run is None:
             compiled = self.kernel[(self.programs,)](*tensors, *self.numbers, **self.constants, num_warps=self.warps)
-            self.runs[aligned] = compiled[(self.programs, 1, 1)]
+            if compiled is not None:  # the interpreter compiles nothing
+                self.runs[aligned] = compiled[(self.programs, 1, 1)]
         else:
             run(*addresses, *self.rest)
 

@@ -119,11 +119,12 @@ TILES = [None, *(conv_plan.Tile(*sizes, 1) for sizes in ((2, 1, 1), (4, 2, 1), (
 
 @contextlib.contextmanager
 def fixed(tile):
-    """Every launch with this tile, None for the rule."""
+    """Every launch with this tile, None for the rule. Then even lengths count as aligned, odd ones do not."""
     plans = (conv_plan.plan_forward, conv_plan.plan_backward)
     with pytest.MonkeyPatch.context() as patch:
         if tile:
             patch.setattr(conv_plan, "tile_for", lambda *_, **__: tile)
+            patch.setattr(conv_plan, "_aligned", lambda shape, _: shape[1] % 2 == 0)
             for plan in plans:
                 plan.cache_clear()
         yield
@@ -188,6 +189,26 @@ def test_lengths_around_rounds_segments_and_programs(length, layout, tiles):
     expected = gradients(*problem, method="cpu")
     for name, gradient in gradients(*problem, method="triton").items():
         assert relative_error(gradient, expected[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize("documents", [None, 3])
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_channels_first_inside_larger_memory(dtype, width, documents, tiles):
+    """A (B, D, L) view at any offset with NaN around each row: a vector over its ends takes nothing from there."""
+    tiles(conv_plan.Tile(2, 2, 2, 1))
+    tensors, options, cotangents = draw(
+        length=42, channels=3, width=width, documents=documents, dtype=dtype, seed=width
+    )
+    x = tensors["x"]
+    around = x.new_full((x.shape[0], 3, 42 + 9), torch.nan)
+    inside = tensors | {"x": around[..., 5:47].mT.copy_(x)}
+    for one, expected in zip(run(inside, options, method="triton"), run(tensors, options, method="cpu"), strict=True):
+        torch.testing.assert_close(one, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    expected = gradients(as_float64(tensors), options, [c.double() for c in cotangents], method="cpu")
+    for name, gradient in gradients(inside, options, cotangents, method="triton").items():
+        assert relative_error(gradient, expected[name]) <= 4 * TOLERANCE[gradient.dtype], name
+    assert around[..., :5].isnan().all() and around[..., 47:].isnan().all()
 
 
 @pytest.mark.parametrize("documents", [None, 3])
@@ -514,7 +535,7 @@ def jobs_for(name, variants, capability):
 
 
 def test_kernels_compile_for_a_gpu():
-    channels_last = {"TIME_LAST": False, "SEGMENTS": 4, "BLOCK_D": 128, "BLOCKS": 2, "WIDTH": 4}
+    channels_last = {"TIME_LAST": False, "VECTORS": False, "SEGMENTS": 4, "BLOCK_D": 128, "BLOCKS": 2, "WIDTH": 4}
     time_last = {"TIME_LAST": True, "SEGMENTS": 32, "BLOCK_D": 8, "BLOCKS": 3, "WIDTH": 3, "PACKED": False}
     options = ("HAS_INITIAL_STATE", "WANT_FINAL_STATE", "HAS_GRAD_FINAL_STATE", "HAS_BIAS", "SILU", "PACKED")
     bare = channels_last | {name: False for name in options}
@@ -526,7 +547,7 @@ def test_kernels_compile_for_a_gpu():
     # Triton makes a constant of every integer that is 1, so for sizes of 1 other code is compiled.
     sizes = ("L", "channels", "sequences", "chunks", "iterations", "x_t", "y_t", "dx_t", "grad_y_t", "x_d", "y_d")
     whole.append(("fp32", "fp32", bare | dict.fromkeys((*options, *sizes), 1)))
-    whole.append(("fp32", "fp32", time_last | dict.fromkeys(sizes, 1)))
+    whole.append(("fp32", "fp32", time_last | dict.fromkeys(sizes, 1) | {"VECTORS": False}))
     jobs = []
     for capability, forward, backward in (
         (80, whole[:1], whole[2:3]),
