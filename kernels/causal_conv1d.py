@@ -161,13 +161,14 @@ def unpack(tile):
     """(M, N, K) -> a tuple of K (M, N); K is 2, 4 or 8. A thread holds all K, so nothing moves."""
     if tile.shape[2] == 2:
         return tl.split(tile)
-    low, high = halves(tile)
-    if tile.shape[2] == 4:
-        return tl.split(low) + tl.split(high)
-    else:
-        a, b = halves(low)
-        c, d = halves(high)
-        return tl.split(a) + tl.split(b) + tl.split(c) + tl.split(d)
+    else:  # Triton 3.6 compiles what follows a return
+        low, high = halves(tile)
+        if tile.shape[2] == 4:
+            return tl.split(low) + tl.split(high)
+        else:
+            a, b = halves(low)
+            c, d = halves(high)
+            return tl.split(a) + tl.split(b) + tl.split(c) + tl.split(d)
 
 
 @triton.jit

@@ -120,12 +120,12 @@ def backward(
     kinds = _kinds(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, grad_y, grad_final_state)
     with torch.cuda.device_of(u):
         split, rooms, adjoint, chain, main, sums = _backward_launches(kinds, u.device, delta_softplus)
-        # What each program, or each piece, sums up by itself. A piece's part of dA takes the place of the adjoint that
-        # entered it.
-        part_dA, piece_steps, part_dBC, part_dD, part_dbias = _parts(A, rooms)
+        # What each program, or each piece, sums up by itself. At first a piece's parts of dA and dD hold the adjoint
+        # that enters it and the sum of its steps.
+        part_dA, part_dD, part_dBC, part_dbias = _parts(A, rooms)
         if split:
-            adjoint(delta, A, C, z, delta_bias, cu_seqlens, grad_y, part_dA, piece_steps)
-            chain(A, cu_seqlens, grad_final_state, part_dA, piece_steps)
+            adjoint(delta, A, C, z, delta_bias, cu_seqlens, grad_y, part_dA, part_dD)
+            chain(A, cu_seqlens, grad_final_state, part_dA, part_dD)
         du, ddelta, dz, dinitial_state = _empty_like(u, delta, z, initial_state)
         main(
             u, delta, A, B, C, D, z, delta_bias, cu_seqlens, checkpoints, grad_y, grad_final_state,
@@ -174,8 +174,7 @@ def _backward_launches(kinds, device, delta_softplus):
         kernels.sum_partials_kernel, sum(-(-n // SUM_BLOCK) for n in columns), (programs, cut.pieces, *columns), 4,
         HAS_D=D is not None, HAS_BIAS=delta_bias is not None, BLOCK=SUM_BLOCK,
     )  # fmt: skip
-    sums_of_pieces = [cut.pieces * n for n in columns[3:]]
-    rooms = [*cut.rooms, *_aligned(programs * (columns[0] + columns[1]), *sums_of_pieces)]
+    rooms = [*cut.rooms, *_aligned(programs * (columns[0] + columns[1]), cut.pieces * columns[4])]
     return cut.split, rooms, adjoint, chain, main, sums
 
 
@@ -244,7 +243,7 @@ class _Cut:
         counts = (length, channels, states, self.group_size, blocks_per_group)
         self.numbers = (*counts, self.sequences, piece_length or length, pieces)
         # Room for a state and a sum of steps of each piece.
-        self.rooms = _aligned(self.pieces * channels * states, self.pieces * channels * self.split)
+        self.rooms = _aligned(self.pieces * channels * states, self.pieces * channels)
 
 
 @functools.cache

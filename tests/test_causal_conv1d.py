@@ -548,6 +548,7 @@ def test_kernels_compile_for_a_gpu():
     sizes = ("L", "channels", "sequences", "chunks", "iterations", "x_t", "y_t", "dx_t", "grad_y_t", "x_d", "y_d")
     whole.append(("fp32", "fp32", bare | dict.fromkeys((*options, *sizes), 1)))
     whole.append(("fp32", "fp32", time_last | dict.fromkeys(sizes, 1) | {"VECTORS": False}))
+    whole.append(("fp64", "fp64", time_last))
     jobs = []
     for capability, forward, backward in (
         (80, whole[:1], whole[2:3]),

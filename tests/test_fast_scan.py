@@ -1,6 +1,7 @@
 """The fast kernels, run in the interpreter by gluon_interpreter: shapes, options, pieces, their plan, compilation."""
 
 import sys
+from dataclasses import replace
 
 import gluon_interpreter
 import pytest
@@ -47,14 +48,18 @@ def fast(kernels, monkeypatch):
 
 
 def check(problem, tolerance=3e-6):
+    """Against the oracle, up to what rounding the arguments to float32 would change, much where terms cancel."""
     y, state = problem.run(selective_scan, method="triton")
     expected_y, expected_state = problem.expected()
     assert relative_error(y, expected_y) < tolerance
     assert relative_error(state, expected_state) < tolerance
-    expected = problem.to(torch.float64).gradients(selective_scan, method="cpu")
+    exact = problem.to(torch.float64)
+    rounded = {k: x if x is None else x * (1 + 2**-23 * torch.randn_like(x)) for k, x in exact.tensors.items()}
+    expected, moved = (p.gradients(selective_scan, method="cpu") for p in (exact, replace(exact, tensors=rounded)))
     for name, gradient in problem.gradients(selective_scan, method="triton").items():
         assert gradient.shape == expected[name].shape
-        assert relative_error(gradient, expected[name]) < tolerance, name
+        bound = tolerance + 4 * relative_error(moved[name], expected[name])
+        assert relative_error(gradient, expected[name]) < bound, name
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 1000])
