@@ -186,7 +186,7 @@ def test_kernels_compile_for_a_gpu(kernels, capability):
     jobs = []
     for name, backward in (
         ("selective_scan_forward_kernel", False), ("selective_scan_adjoint_kernel", True),
-        ("selective_scan_backward_kernel", True), ("sum_partials_kernel", True),
+        ("selective_scan_backward_kernel", True), ("sum_partials_kernel", True), ("chain_pieces_kernel", True),
     ):  # fmt: skip
         names = getattr(kernels, name).arg_names
         constants = {n for n in names if n.isupper() and len(n) > 1} | {"T", "G", "K", "c", "W"}
@@ -198,7 +198,7 @@ def test_kernels_compile_for_a_gpu(kernels, capability):
             types |= {n: "i32" for n in types if n in ("sequences", "piece_length", "pieces", "programs")}
             types |= {n: "i32" for n in types if n.endswith("_size")}
             job = {"kernel": (NAME, name), "signature": types, "constants": values, "capability": capability}
-            jobs.append(job | {"num_warps": 4 if name == "sum_partials_kernel" else tile.warps})
+            jobs.append(job | {"num_warps": tile.warps if name.startswith("selective") else 4})
     for made, asked in zip(compile_kernels(jobs), jobs, strict=True):
         assert f".target sm_{asked['capability']}" in made["ptx"]
         assert made["shared"] <= shared
