@@ -42,11 +42,11 @@ class Plan(NamedTuple):
 def plan(sequences, length, group_size, states, backward, multiprocessors, shared_memory):
     """Choose the tile, into pieces of how many steps a sequence is cut, and how many programs share a group's channels.
 
-    `sequences` counts a group of channels of a sequence as one. A thread has 8 numbers to update at each step, so that
-    they hide each other's latency, backward with up to 4 states fewer: as many states as fit one load. Forward, two tiles are weighed,
-    the second half as wide, and every block of channels is a program. Backward, 8 warps (4 or 2 where shared memory
-    is small) sum dB and dC over as many channels as possible, since each program's sums go through memory: those of a
-    group take together at most as much as du does in float32.
+    `sequences` counts a group of channels of a sequence as one. A thread has 8 numbers to update at each step, so
+    that they hide each other's latency, backward with up to 4 states fewer: as many states as fit one load. Forward,
+    two tiles are weighed, the second half as wide, and every block of channels is a program. Backward, 8 warps (4 or
+    2 where shared memory is small) sum dB and dC over as many channels as possible, since each program's sums go
+    through memory: those of a group take together at most as much as du does in float32.
 
     The time of a plan goes with the programs of the busiest multiprocessor times their steps, a few more for each
     start, and where there are pieces a first kernel. Constants measured on an H100: kernels/NOTES.md.
