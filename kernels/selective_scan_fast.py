@@ -142,12 +142,27 @@ def sum_over_lanes(parts, T: gl.constexpr, G: gl.constexpr, CHANNELS: gl.constex
 
 
 @gluon.jit
-def piece_of(piece, cu_seqlens, L, sequences, piece_length, pieces, PACKED: gl.constexpr, SPLIT: gl.constexpr):
-    """Where a piece lies: its sequence, batch entry, that sequence's first step and the step after its last, the
-    piece's own first step, and the index of the sequence's first piece.
+def let_next_kernel_start():
+    """Once all programs got here, the next kernel's start where there is room, while these go on."""
+    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
 
-    A sequence has `pieces` pieces. Documents have different lengths: the one that starts at step s of the packed row
-    owns the pieces from s // piece_length + its index on. That is always enough, and some stay empty.
+
+@gluon.jit
+def wait_for_kernel_before():
+    """Until it has ended and what it wrote can be read. Returns at once if this one did not start early."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def piece_of(row, cu_seqlens, L, sequences, whole, head, piece_length, PACKED: gl.constexpr, SPLIT: gl.constexpr):
+    """Where a piece lies: its sequence, batch entry, that sequence's first step and the step after its last, the
+    piece's own, and its number in the sequence, from zero. What is kept of a piece lies in row `row`.
+
+    The first `whole` sequences are not cut. The others have a first piece of `head` steps and more of piece_length.
+    The first pieces of all sequences come first, so that the longest start first.
+
+    Documents have different lengths: the one that starts at step s of the packed row owns the rows from
+    s // piece_length + its index on, all pieces alike. That is always enough, and some stay empty.
     """
     if PACKED:
         if SPLIT:
@@ -155,38 +170,49 @@ def piece_of(piece, cu_seqlens, L, sequences, piece_length, pieces, PACKED: gl.c
             for block in range(0, sequences, 256):
                 i = block + gl.arange(0, 256, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
                 border = gl.load(cu_seqlens + i, mask=i < sequences, other=0)
-                mine = (border // piece_length + i <= piece) & (i < sequences)  # documents that begin here or before
+                mine = (border // piece_length + i <= row) & (i < sequences)  # documents that begin here or before
                 sequence += gl.sum(mine.to(gl.int32), axis=0)
             start = gl.load(cu_seqlens + sequence).to(gl.int64)
-            first = (start // piece_length).to(gl.int32) + sequence
+            number = row - sequence - (start // piece_length).to(gl.int32)
         else:
-            sequence = piece
+            sequence = row
             start = gl.load(cu_seqlens + sequence).to(gl.int64)
-            first = piece
+            number = row * 0
         stop = gl.load(cu_seqlens + sequence + 1).to(gl.int64)
         sequence = gl.to_tensor(sequence).to(gl.int64)
         batch = sequence * 0
     else:
-        sequence = (piece // pieces).to(gl.int64)
+        if SPLIT:
+            number = gl.where(row < whole, 0, (row - whole) // (sequences - whole))
+        else:
+            number = row * 0
+        sequence = (row - number * (sequences - whole)).to(gl.int64)
         batch = sequence
         start = batch * 0
-        stop = batch * 0 + L
-        first = piece // pieces * pieces
-    begin = start + (piece - first).to(gl.int64) * piece_length
-    return sequence, batch, start, stop, begin, first
+        stop = start + L
+    begin = start + gl.where(number > 0, head + (number - 1).to(gl.int64) * piece_length, 0)
+    length = gl.where(number > 0, piece_length, gl.where(row < whole, L, head))
+    return sequence, batch, start, stop, begin, gl.minimum(begin + length, stop), number
 
 
 @gluon.jit
-def first_checkpoint_of(sequence, start, begin, L, EVERY: gl.constexpr, PACKED: gl.constexpr):
-    """The row of the checkpoint before a piece: each sequence has its own, one for every EVERY steps of it.
+def row_of(first_row, number, sequences, whole, PACKED: gl.constexpr):
+    """The row of a sequence's piece, given that of its first, number 0."""
+    if PACKED:
+        return first_row + number
+    else:
+        return first_row + number * (sequences - whole)
 
-    Pieces begin at one, since piece_length is a multiple of EVERY.
+
+@gluon.jit
+def checkpoint_of(sequence, start, L, EVERY: gl.constexpr, PACKED: gl.constexpr):
+    """The row of a sequence's first checkpoint. It has one before step EVERY, 2 * EVERY and so on; none before its
+    first step, since that is the initial state. Pieces begin at one, since their lengths are multiples of EVERY.
     """
     if PACKED:
-        own = start // EVERY + sequence
+        return start // EVERY
     else:
-        own = sequence * gl.cdiv(L, EVERY)
-    return own + (begin - start) // EVERY
+        return sequence * ((L - 1) // EVERY)
 
 
 # --- forward -----------------------------------------------------------------------------------------------
@@ -200,12 +226,12 @@ def first_checkpoint_of(sequence, start, begin, L, EVERY: gl.constexpr, PACKED: 
 def selective_scan_forward_kernel(
     u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens,
     y, final_state, checkpoints, piece_states, piece_steps,
-    L, channels, states, group_size, blocks_per_group, sequences, piece_length, pieces,
+    L, channels, states, group_size, blocks_per_group, sequences, whole, head, piece_length,
     u_b, u_t, u_d, delta_b, delta_t, delta_d, z_b, z_t, z_d, y_b, y_t, y_d,
     B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n,
     HAS_D: gl.constexpr, HAS_Z: gl.constexpr, HAS_BIAS: gl.constexpr, SOFTPLUS: gl.constexpr,
     HAS_INITIAL_STATE: gl.constexpr, PACKED: gl.constexpr, SPLIT: gl.constexpr, LOCAL: gl.constexpr,
-    SAVE: gl.constexpr, EVERY: gl.constexpr, TIME_FIRST: gl.constexpr,
+    SAVE: gl.constexpr, EVERY: gl.constexpr, OVERLAP: gl.constexpr, TIME_FIRST: gl.constexpr,
     T: gl.constexpr, G: gl.constexpr, K: gl.constexpr, c: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """One program: c * 32 * W / G channels of one group, for one piece of a sequence."""
@@ -220,16 +246,17 @@ def selective_scan_forward_kernel(
     MAPS: gl.constexpr = map_layout(T, N, W)  # (T, N)
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
 
+    if LOCAL and OVERLAP:
+        let_next_kernel_start()
     blocks = blocks_per_group * (channels // group_size)
-    piece = gl.program_id(0) // blocks
+    row = gl.program_id(0) // blocks
     block = gl.program_id(0) % blocks
     group = (block // blocks_per_group).to(gl.int64)
     first_channel = (block % blocks_per_group) * CHANNELS
-    sequence, batch, start, stop, begin, first_piece = piece_of(
-        piece, cu_seqlens, L, sequences, piece_length, pieces, PACKED, SPLIT
+    sequence, batch, start, stop, begin, end, number = piece_of(
+        row, cu_seqlens, L, sequences, whole, head, piece_length, PACKED, SPLIT
     )
-    last = begin + piece_length >= stop
-    end = gl.minimum(begin + piece_length, stop)
+    last = end >= stop
     if LOCAL:
         end = gl.where(last, begin, end)  # nobody asks for the state behind the last piece
 
@@ -248,15 +275,8 @@ def selective_scan_forward_kernel(
     by_state = n.to(gl.int64) * channels + d  # in (N, D), of what is kept between kernels: neighbours lie side by side
     A_tile = gl.load(A + by_channel, mask=mask_state, other=0.0) * LOG2_E
     h = gl.zeros([G, K, DL, c], gl.float32, STATE)
-    if not LOCAL:
-        if HAS_INITIAL_STATE:
-            h = gl.load(initial_state + sequence * channels * states + by_channel, mask=mask_state, other=0.0)
-        if SPLIT:
-            for earlier in range(first_piece, piece):
-                where = gl.to_tensor(earlier).to(gl.int64) * channels
-                step = gl.load(piece_steps + where + d_row, mask=mask_row, other=0.0)
-                local = gl.load(piece_states + where * states + by_state, mask=mask_state, other=0.0)
-                h = gl.exp2(over_states(step) * A_tile) * h + local
+    if HAS_INITIAL_STATE and not LOCAL:
+        h = gl.load(initial_state + sequence * channels * states + by_channel, mask=mask_state, other=0.0)
 
     # Where the numbers of a tile lie.
     t = gl.arange(0, T, layout=gl.SliceLayout(1, TILE))
@@ -308,12 +328,28 @@ def selective_scan_forward_kernel(
         C_next = gl.load(C + C_at, mask=mask_map, other=0.0)
         if HAS_Z:
             z_next = gl.load(z + z_at, mask=mask, other=0.0)
-    checkpoint = first_checkpoint_of(sequence, start, begin, L, EVERY, PACKED)
+    checkpoint = checkpoint_of(sequence, start, L, EVERY, PACKED) + (begin - start) // EVERY - 1
+
+    # What the pieces before make of the state.
+    if SPLIT and not LOCAL:
+        if OVERLAP:
+            wait_for_kernel_before()
+        first_row = row_of(row, -number, sequences, whole, PACKED)
+        for earlier in range(0, number, 4):  # four at a time on their way
+            steps, locals = (), ()
+            for ahead in gl.static_range(4):
+                where = row_of(first_row, earlier + ahead, sequences, whole, PACKED).to(gl.int64) * channels
+                there = earlier + ahead < number
+                steps = steps + (gl.load(piece_steps + where + d_row, mask=mask_row & there, other=0.0),)
+                state = gl.load(piece_states + where * states + by_state, mask=mask_state & there, other=0.0)
+                locals = locals + (state,)
+            for ahead in gl.static_range(4):  # a step of zero changes nothing
+                h = gl.exp2(over_states(steps[ahead]) * A_tile) * h + locals[ahead]
 
     tile_steps = gl.to_tensor(T).to(gl.int64)  # a stride in time can be as long as a batch
     for tile in range(gl.cdiv(length, T)):
         if SAVE:
-            keep = mask_state & (tile % (EVERY // T) == 0)
+            keep = mask_state & (tile % (EVERY // T) == 0) & (begin + tile > start)
             where = (checkpoint + tile // (EVERY // T)) * channels * states
             gl.store(checkpoints + where + by_state, h, mask=keep)
 
@@ -375,11 +411,11 @@ def selective_scan_forward_kernel(
             y += tile_steps * y_t
 
     if LOCAL:
-        piece_at = piece.to(gl.int64) * channels
+        piece_at = row.to(gl.int64) * channels
         gl.store(piece_states + piece_at * states + by_state, h, mask=mask_state)
         gl.store(piece_steps + piece_at + d, gl.sum(steps, axis=0), mask=mask_d)
     else:
-        owner = last & ((begin < stop) | (piece == first_piece))  # a spare piece owns nothing
+        owner = last & ((begin < stop) | (number == 0))  # a spare piece owns nothing
         gl.store(final_state + sequence * channels * states + by_channel, h, mask=mask_state & owner)
 
 
@@ -391,10 +427,10 @@ def selective_scan_forward_kernel(
 @gluon.jit
 def selective_scan_adjoint_kernel(
     delta, A, C, z, delta_bias, cu_seqlens, grad_y, piece_adjoints, piece_steps,
-    L, channels, states, group_size, blocks_per_group, sequences, piece_length, pieces,
+    L, channels, states, group_size, blocks_per_group, sequences, whole, head, piece_length,
     delta_b, delta_t, delta_d, z_b, z_t, z_d, grad_y_b, grad_y_t, grad_y_d, C_b, C_t, C_g, C_n,
     HAS_Z: gl.constexpr, HAS_BIAS: gl.constexpr, SOFTPLUS: gl.constexpr, PACKED: gl.constexpr,
-    TIME_FIRST: gl.constexpr,
+    OVERLAP: gl.constexpr, TIME_FIRST: gl.constexpr,
     T: gl.constexpr, G: gl.constexpr, K: gl.constexpr, c: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """One program: c * 32 * W / G channels of one group, for one piece of a sequence."""
@@ -408,16 +444,20 @@ def selective_scan_adjoint_kernel(
     MAPS: gl.constexpr = map_layout(T, N, W)
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
 
+    if OVERLAP:
+        let_next_kernel_start()
     blocks = blocks_per_group * (channels // group_size)
-    piece = gl.program_id(0) // blocks
+    row = gl.program_id(0) // blocks
+    if not PACKED:
+        row += sequences  # nobody asks what the first pieces send back
     block = gl.program_id(0) % blocks
     group = (block // blocks_per_group).to(gl.int64)
     first_channel = (block % blocks_per_group) * CHANNELS
-    _sequence, batch, _start, stop, begin, first_piece = piece_of(
-        piece, cu_seqlens, L, sequences, piece_length, pieces, PACKED, True
+    _sequence, batch, _start, _stop, begin, end, number = piece_of(
+        row, cu_seqlens, L, sequences, whole, head, piece_length, PACKED, True
     )
-    end = gl.minimum(begin + piece_length, stop)
-    end = gl.where(piece == first_piece, begin, end)  # nobody asks what reaches the state before the first piece
+    if PACKED:
+        end = gl.where(number == 0, begin, end)
 
     g = gl.arange(0, G, layout=gl.SliceLayout(1, MAP))
     k = gl.arange(0, K, layout=gl.SliceLayout(0, MAP))
@@ -505,7 +545,7 @@ def selective_scan_adjoint_kernel(
             C_s = over_channels(C_rows.index(T - 1 - back).load(MAP))
             p = gl.exp2(step_s * A_tile) * (dy_s * C_s + p)
 
-    piece_at = piece.to(gl.int64) * channels
+    piece_at = row.to(gl.int64) * channels
     gl.store(piece_adjoints + piece_at * states + by_channel, p, mask=mask_state)
     gl.store(piece_steps + piece_at + d, gl.sum(steps, axis=0), mask=mask_d)
 
@@ -514,10 +554,13 @@ def selective_scan_adjoint_kernel(
 # what enters it from behind.
 @gluon.jit
 def chain_pieces_kernel(
-    A, cu_seqlens, grad_final_state, piece_adjoints, piece_steps, L, channels, states, piece_length, pieces,
-    PACKED: gl.constexpr, HAS_GRAD_FINAL_STATE: gl.constexpr, BLOCK: gl.constexpr,
+    A, cu_seqlens, grad_final_state, piece_adjoints, piece_steps,
+    L, channels, states, sequences, whole, head, piece_length,
+    PACKED: gl.constexpr, HAS_GRAD_FINAL_STATE: gl.constexpr, OVERLAP: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK of the channels * states numbers of one sequence, through its pieces from last to first."""
+    if OVERLAP:
+        let_next_kernel_start()
     size = channels * states
     blocks = gl.cdiv(size, BLOCK)
     sequence = gl.program_id(0) // blocks
@@ -526,27 +569,38 @@ def chain_pieces_kernel(
     if PACKED:
         start = gl.load(cu_seqlens + sequence).to(gl.int64)
         length = gl.load(cu_seqlens + sequence + 1).to(gl.int64) - start
-        first = (start // piece_length).to(gl.int32) + sequence
+        first_row = (start // piece_length).to(gl.int32) + sequence
         count = gl.maximum(gl.cdiv(length, piece_length), 1).to(gl.int32)
     else:
-        first = sequence * pieces
-        count = pieces
+        first_row = sequence
+        count = gl.where(sequence < whole, 1, 1 + gl.cdiv(L - head, piece_length))
     A_row = gl.load(A + i, mask=mask, other=0.0) * LOG2_E
     p = gl.zeros([BLOCK], gl.float32, gl.BlockedLayout([4], [32], [4], [0]))
     if HAS_GRAD_FINAL_STATE:
         p = gl.load(grad_final_state + gl.to_tensor(sequence).to(gl.int64) * size + i, mask=mask, other=0.0)
-    piece = gl.to_tensor(first + count - 1).to(gl.int64)
-    local = gl.load(piece_adjoints + piece * size + i, mask=mask, other=0.0)
-    step = gl.load(piece_steps + piece * channels + i // states, mask=mask, other=0.0)
-    for j in range(count):
-        decay = gl.exp2(step * A_row)
-        sent = local
-        more = mask & (j + 1 < count)  # the piece before sets off
-        local = gl.load(piece_adjoints + (piece - 1) * size + i, mask=more, other=0.0)
-        step = gl.load(piece_steps + (piece - 1) * channels + i // states, mask=more, other=0.0)
-        gl.store(piece_adjoints + piece * size + i, p, mask=mask)
-        p = decay * p + sent
-        piece -= 1
+    if OVERLAP:
+        wait_for_kernel_before()
+    for later in range(0, count, 4):  # four at a time on their way
+        steps, sent = (), ()
+        for ahead in gl.static_range(4):
+            number = count - 1 - later - ahead
+            row = row_of(first_row, number, sequences, whole, PACKED).to(gl.int64)
+            there = mask & (number > 0)  # the first piece sends to none
+            steps = steps + (gl.load(piece_steps + row * channels + i // states, mask=there, other=0.0),)
+            sent = sent + (gl.load(piece_adjoints + row * size + i, mask=there, other=0.0),)
+        for ahead in gl.static_range(4):
+            number = count - 1 - later - ahead
+            row = row_of(first_row, number, sequences, whole, PACKED).to(gl.int64)
+            gl.store(piece_adjoints + row * size + i, p, mask=mask & (number >= 0))
+            p = gl.exp2(steps[ahead] * A_row) * p + sent[ahead]
+
+
+@gluon.jit
+def from_behind(adjoint, mask, OVERLAP: gl.constexpr):
+    """The adjoint that enters a piece, once the kernels before have found it."""
+    if OVERLAP:
+        wait_for_kernel_before()
+    return gl.load(adjoint, mask=mask, other=0.0)
 
 
 # Holds: the states of one tile of T steps and its decays in registers, the state before every tile of EVERY steps in
@@ -556,16 +610,16 @@ def chain_pieces_kernel(
 # adds up its channels first: no atomics, the same bits each run.
 @gluon.jit
 def selective_scan_backward_kernel(
-    u, delta, A, B, C, D, z, delta_bias, cu_seqlens, checkpoints, grad_y, grad_final_state,
+    u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, checkpoints, grad_y, grad_final_state,
     piece_adjoints, du, ddelta, dA, dBC, dD, dz, ddelta_bias, dinitial_state,
     L, channels, states, group_size, blocks_per_group, programs_per_group, batch_size,
-    sequences, piece_length, pieces,
+    sequences, whole, head, piece_length,
     u_b, u_t, u_d, delta_b, delta_t, delta_d, z_b, z_t, z_d, grad_y_b, grad_y_t, grad_y_d,
     B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n,
     du_b, du_t, du_d, ddelta_b, ddelta_t, ddelta_d, dz_b, dz_t, dz_d,
     HAS_D: gl.constexpr, HAS_Z: gl.constexpr, HAS_BIAS: gl.constexpr, SOFTPLUS: gl.constexpr, PACKED: gl.constexpr,
     HAS_INITIAL_STATE: gl.constexpr, HAS_GRAD_FINAL_STATE: gl.constexpr, SPLIT: gl.constexpr,
-    EVERY: gl.constexpr, TIME_FIRST: gl.constexpr,
+    EVERY: gl.constexpr, OVERLAP: gl.constexpr, TIME_FIRST: gl.constexpr,
     T: gl.constexpr, G: gl.constexpr, K: gl.constexpr, c: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """One program: every programs_per_group-th block of channels of one group, for one piece of a sequence.
@@ -597,17 +651,18 @@ def selective_scan_backward_kernel(
     ROWS: gl.constexpr = gl.SwizzledSharedLayout(min(4, N), max(1, 32 // N), max(1, min(8, N // 4)), [3, 2, 1, 0])
     START: gl.constexpr = start_layout(G, K, c, W)
 
+    if OVERLAP:
+        let_next_kernel_start()
     groups = channels // group_size
     programs = programs_per_group * groups
-    piece = gl.program_id(0) // programs
+    row = gl.program_id(0) // programs
     group = (gl.program_id(0) % programs // programs_per_group).to(gl.int64)
     program = gl.program_id(0) % programs_per_group
-    sequence, batch, start, stop, begin, first_piece = piece_of(
-        piece, cu_seqlens, L, sequences, piece_length, pieces, PACKED, SPLIT
+    sequence, batch, start, _stop, begin, end, number = piece_of(
+        row, cu_seqlens, L, sequences, whole, head, piece_length, PACKED, SPLIT
     )
-    end = gl.minimum(begin + piece_length, stop)
     length = gl.maximum(end - begin, 0).to(gl.int32)
-    first_checkpoint = first_checkpoint_of(sequence, start, begin, L, EVERY, PACKED)
+    checkpoint = checkpoint_of(sequence, start, L, EVERY, PACKED) + (begin - start) // EVERY - 1
     tiles = gl.cdiv(length, T)
     chunks = gl.cdiv(length, EVERY)
 
@@ -670,9 +725,10 @@ def selective_scan_backward_kernel(
 
         # The adjoint that enters from behind: p = A_bar_{t+1} g_{t+1}.
         p = gl.zeros([G, K, DL, c], gl.float32, STATE)
-        piece_at = piece.to(gl.int64) * channels
+        piece_at = row.to(gl.int64) * channels
         if SPLIT:
-            p = gl.load(piece_adjoints + piece_at * states + by_channel, mask=mask_state, other=0.0)
+            if chunks == 0:
+                p = from_behind(piece_adjoints + piece_at * states + by_channel, mask_state, OVERLAP)
         elif HAS_GRAD_FINAL_STATE:
             p = gl.load(grad_final_state + piece_at * states + by_channel, mask=mask_state, other=0.0)
 
@@ -707,8 +763,13 @@ def selective_scan_backward_kernel(
             first = chunk * TILES
             count = gl.minimum(tiles - first, TILES)  # tiles of this chunk
             final = first + count - 1
-            where = (first_checkpoint + chunk) * channels * states
-            h = gl.load(checkpoints + where + by_state, mask=mask_state, other=0.0)
+            where = (checkpoint + chunk) * channels * states
+            kept = mask_state & ((number > 0) | (chunk > 0))
+            h = gl.load(checkpoints + where + by_state, mask=kept, other=0.0)
+            if HAS_INITIAL_STATE:
+                given = mask_state & (number == 0) & (chunk == 0)
+                where = sequence * channels * states
+                h += gl.load(initial_state + where + by_channel, mask=given, other=0.0)
 
             # What the way forth needs of the chunk's first pair of tiles, and the way back of its last tile.
             at = first.to(gl.int64) * T
@@ -767,6 +828,10 @@ def selective_scan_backward_kernel(
                     x_s = over_states(x_pair_rows.index(s).load(CHANNEL))
                     B_s = over_channels(B_pair_rows.index(s).load(MAP))
                     h = gl.exp2(step_s * A_tile) * h + x_s * B_s
+
+            if SPLIT:
+                if j == 0:  # not before, since the way forth can start early
+                    p = from_behind(piece_adjoints + piece_at * states + by_channel, mask_state, OVERLAP)
 
             for m in range(count):
                 tile = final - m
@@ -893,7 +958,7 @@ def selective_scan_backward_kernel(
             gl.store(ddelta_bias + piece_at + d, gl.sum(dbias_sum, axis=0), mask=mask_d)
         if HAS_INITIAL_STATE:
             where = sequence * channels * states
-            gl.store(dinitial_state + where + by_channel, p, mask=mask_state & (piece == first_piece))
+            gl.store(dinitial_state + where + by_channel, p, mask=mask_state & (number == 0))
         barrier()  # the next block reads sums that other threads of this program wrote
 
 
@@ -903,9 +968,11 @@ def selective_scan_backward_kernel(
 def sum_partials_kernel(
     part_dBC, part_dA, part_dD, part_dbias, dB, dC, dA, dD, dbias,
     programs, pieces, B_size, C_size, A_size, D_size, bias_size,
-    HAS_D: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK: gl.constexpr,
+    HAS_D: gl.constexpr, HAS_BIAS: gl.constexpr, OVERLAP: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK numbers of one of the five gradients, always added in the same order."""
+    if OVERLAP:
+        wait_for_kernel_before()
     block = gl.program_id(0).to(gl.int64)
     B_blocks = gl.cdiv(B_size, BLOCK)
     C_blocks = gl.cdiv(C_size, BLOCK)
@@ -930,9 +997,12 @@ def sum_partials_kernel(
 @gluon.jit
 def sum_rows(part, out, rows, block, size, BLOCK: gl.constexpr):
     i = block * BLOCK + gl.arange(0, BLOCK, layout=gl.BlockedLayout([4], [32], [4], [0]))
-    mask = i < size
     total = gl.zeros([BLOCK], gl.float32, gl.BlockedLayout([4], [32], [4], [0]))
-    for _row in range(rows):
-        total += gl.load(part + i, mask=mask, other=0.0)
-        part += size
-    gl.store(out + i, total.to(out.dtype.element_ty), mask=mask)
+    for row in range(0, rows, 4):  # four at a time on their way
+        numbers = ()
+        for ahead in gl.static_range(4):
+            where = gl.to_tensor(row + ahead).to(gl.int64) * size + i
+            numbers = numbers + (gl.load(part + where, mask=(i < size) & (row + ahead < rows), other=0.0),)
+        for ahead in gl.static_range(4):
+            total += numbers[ahead]
+    gl.store(out + i, total.to(out.dtype.element_ty), mask=i < size)

@@ -39,15 +39,14 @@ def _has_gluon(device):
 
 
 def checkpoint_shape(u, A, B, C, cu_seqlens):
-    """Shape of the states kept for the backward pass: one before every 64 steps of each sequence, (rows, N, D).
+    """Shape of the states kept for the backward pass: one after every 64 steps of each sequence, (rows, N, D).
 
-    In a packed row the document s that starts at step p owns the rows from p // 64 + s on.
+    None behind its last step. In a packed row the document that starts at step p owns the rows from p // 64 on.
     """
     if not serves(u, A, B, C):
         return fused_scan.checkpoint_shape(u, A, B, C, cu_seqlens)
     batch, length, channels = u.shape
-    rows = batch * -(-length // EVERY) if cu_seqlens is None else length // EVERY + cu_seqlens.shape[0] - 1
-    return (rows, A.shape[1], channels)
+    return (batch * ((length - 1) // EVERY), A.shape[1], channels)
 
 
 def forward(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, save):
@@ -78,13 +77,15 @@ def _forward_launches(kinds, device, delta_softplus, save):
 
     u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens = _named(kinds)
     cut = _Cut(u, A, B, cu_seqlens, *_machine(device), backward=False)
+    overlap = cut.split and _overlaps(device)
     numbers = (*cut.numbers, *u.strides, *delta.strides, *_strides(z), *u.dense, *_map_strides(B), *_map_strides(C))
     launches = [
         Launch(
-            selective_scan_forward_kernel, cut.pieces * cut.blocks, numbers, cut.tile.warps,
-            HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
-            HAS_INITIAL_STATE=initial_state is not None, PACKED=cu_seqlens is not None, SPLIT=cut.split,
-            LOCAL=local, SAVE=save and not local, EVERY=EVERY, **cut.tile.constants(u),
+            selective_scan_forward_kernel, (cut.sending if local else cut.rows) * cut.blocks, numbers, cut.tile.warps,
+            early=overlap and not local, HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None,
+            SOFTPLUS=delta_softplus, HAS_INITIAL_STATE=initial_state is not None, PACKED=cu_seqlens is not None,
+            SPLIT=cut.split, LOCAL=local, SAVE=save and not local, EVERY=EVERY, OVERLAP=overlap,
+            **cut.tile.constants(u),
         )
         for local in ((True, False) if cut.split else (False,))
     ]  # fmt: skip
@@ -116,7 +117,7 @@ def backward(
             grad_y, grad_final_state, u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, checkpoints,
             delta_softplus,
         )  # fmt: skip
-    A, D, delta_bias, grad_final_state = contiguous(A, D, delta_bias, grad_final_state)
+    A, D, delta_bias, initial_state, grad_final_state = contiguous(A, D, delta_bias, initial_state, grad_final_state)
     kinds = _kinds(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, grad_y, grad_final_state)
     with torch.cuda.device_of(u):
         split, rooms, adjoint, chain, main, sums = _backward_launches(kinds, u.device, delta_softplus)
@@ -128,7 +129,7 @@ def backward(
             chain(A, cu_seqlens, grad_final_state, part_dA, part_dD)
         du, ddelta, dz, dinitial_state = _empty_like(u, delta, z, initial_state)
         main(
-            u, delta, A, B, C, D, z, delta_bias, cu_seqlens, checkpoints, grad_y, grad_final_state,
+            u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, checkpoints, grad_y, grad_final_state,
             part_dA, du, ddelta, part_dA, part_dBC, part_dD, dz, part_dbias, dinitial_state,
         )  # fmt: skip
         # The sums of these; made only now, while the GPU is busy.
@@ -142,39 +143,42 @@ def _backward_launches(kinds, device, delta_softplus):
     from minimamba.kernels import selective_scan_fast as kernels
 
     u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, grad_y, grad_final_state = _named(kinds)
-    cut = _Cut(u, A, B, cu_seqlens, *_machine(device), backward=True)
-    packed, final = cu_seqlens is not None, grad_final_state is not None
+    machine = _machine(device)
+    cut = _Cut(u, A, B, cu_seqlens, *machine, backward=True)
+    packed, final, overlap = cu_seqlens is not None, grad_final_state is not None, _overlaps(device)
     options = {
         "HAS_Z": z is not None, "HAS_BIAS": delta_bias is not None, "SOFTPLUS": delta_softplus, "PACKED": packed,
     }  # fmt: skip
-    tile = first_backward_tile(A.shape[1], cut.group_size)
+    tile = first_backward_tile(A.shape[1], cut.group_size, cut.sending * cut.groups, machine[0])
     blocks = -(-cut.group_size // tile.block)
-    lengths, channels, states, group_size, blocks_per_group, *pieces = cut.numbers
+    length, channels, states, group_size, blocks_per_group, *pieces = cut.numbers
     adjoint = Launch(
-        kernels.selective_scan_adjoint_kernel, cut.pieces * cut.groups * blocks,
-        (lengths, channels, states, group_size, blocks, *pieces,
+        kernels.selective_scan_adjoint_kernel, cut.sending * cut.groups * blocks,
+        (length, channels, states, group_size, blocks, *pieces,
          *delta.strides, *_strides(z), *grad_y.strides, *_map_strides(C)),
-        tile.warps, **options, **tile.constants(u),
+        tile.warps, **options, OVERLAP=overlap, **tile.constants(u),
     )  # fmt: skip
     chain = Launch(
         kernels.chain_pieces_kernel, cut.sequences * -(-channels * states // SUM_BLOCK),
-        (lengths, channels, states, *pieces[1:]), 4, PACKED=packed, HAS_GRAD_FINAL_STATE=final, BLOCK=SUM_BLOCK,
+        (length, channels, states, *pieces), 4, early=overlap, PACKED=packed, HAS_GRAD_FINAL_STATE=final,
+        OVERLAP=overlap, BLOCK=SUM_BLOCK,
     )  # fmt: skip
     programs = cut.programs_per_group
     main = Launch(
-        kernels.selective_scan_backward_kernel, cut.pieces * cut.groups * programs,
-        (lengths, channels, states, group_size, blocks_per_group, programs, u.shape[0], *pieces,
+        kernels.selective_scan_backward_kernel, cut.rows * cut.groups * programs,
+        (length, channels, states, group_size, blocks_per_group, programs, u.shape[0], *pieces,
          *u.strides, *delta.strides, *_strides(z), *grad_y.strides, *_map_strides(B), *_map_strides(C),
          *u.dense, *u.dense, *u.dense),
-        cut.tile.warps, HAS_D=D is not None, **options, HAS_INITIAL_STATE=initial_state is not None,
-        HAS_GRAD_FINAL_STATE=final, SPLIT=cut.split, EVERY=EVERY, **cut.tile.constants(u),
+        cut.tile.warps, early=overlap and cut.split, HAS_D=D is not None, **options,
+        HAS_INITIAL_STATE=initial_state is not None, HAS_GRAD_FINAL_STATE=final, SPLIT=cut.split, EVERY=EVERY,
+        OVERLAP=overlap, **cut.tile.constants(u),
     )  # fmt: skip
     columns = [0 if x is None else math.prod(x.shape) for x in (B, C, A, D, delta_bias)]
     sums = Launch(
-        kernels.sum_partials_kernel, sum(-(-n // SUM_BLOCK) for n in columns), (programs, cut.pieces, *columns), 4,
-        HAS_D=D is not None, HAS_BIAS=delta_bias is not None, BLOCK=SUM_BLOCK,
+        kernels.sum_partials_kernel, sum(-(-n // SUM_BLOCK) for n in columns), (programs, cut.rows, *columns), 4,
+        early=overlap, HAS_D=D is not None, HAS_BIAS=delta_bias is not None, OVERLAP=overlap, BLOCK=SUM_BLOCK,
     )  # fmt: skip
-    rooms = [*cut.rooms, *_aligned(programs * (columns[0] + columns[1]), cut.pieces * columns[4])]
+    rooms = [*cut.rooms, *_aligned(programs * (columns[0] + columns[1]), cut.rows * columns[4])]
     return cut.split, rooms, adjoint, chain, main, sums
 
 
@@ -225,25 +229,24 @@ class _Cut:
         self.sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.groups = B.shape[2] if len(B.shape) == 4 else 1
         self.group_size = channels // self.groups
-        # How long the documents of a packed row are is not known here: it is cut as one sequence would be.
-        self.tile, piece_length, self.programs_per_group = plan(
-            batch * self.groups, length, self.group_size, states, backward, multiprocessors, shared_memory
+        packed = cu_seqlens is not None
+        cut = plan(
+            batch, self.groups, length, self.group_size, states, backward, packed, multiprocessors, shared_memory
         )
+        self.tile, self.programs_per_group, self.split = cut.tile, cut.programs, cut.split
         blocks_per_group = -(-self.group_size // self.tile.block)
         self.blocks = self.groups * blocks_per_group
-        self.split = piece_length is not None
-        if not self.split:
-            pieces, self.pieces = 1, self.sequences
-        elif cu_seqlens is None:
-            pieces = -(-length // piece_length)
-            self.pieces = batch * pieces
+        # Rows of what is kept for each piece, and how many of them send something on to another piece.
+        if packed:  # differs from document to document: the kernels find out
+            self.rows = length // cut.piece_length + self.sequences if cut.split else self.sequences
+            self.sending = self.rows
         else:
-            pieces = 0  # differs from document to document: the kernels find out
-            self.pieces = length // piece_length + self.sequences
+            self.sending = (batch - cut.whole) * (cut.pieces(length) - 1)
+            self.rows = batch + self.sending
         counts = (length, channels, states, self.group_size, blocks_per_group)
-        self.numbers = (*counts, self.sequences, piece_length or length, pieces)
+        self.numbers = (*counts, self.sequences, cut.whole, cut.head, cut.piece_length)
         # Room for a state and a sum of steps of each piece.
-        self.rooms = _aligned(self.pieces * channels * states, self.pieces * channels)
+        self.rooms = _aligned(self.rows * channels * states, self.rows * channels)
 
 
 @functools.cache
@@ -251,6 +254,12 @@ def _machine(device):
     """Multiprocessors of a GPU, and bytes of shared memory that a program can have."""
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.shared_memory_per_block_optin
+
+
+@functools.cache
+def _overlaps(device):
+    """Whether a kernel can start before the one before it has ended: from compute capability 9.0 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _map_strides(x):

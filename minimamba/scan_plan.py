@@ -1,6 +1,7 @@
 """The one place that chooses tiles and cuts for chapter 11's fast kernels: by rule, not by trial at the first call."""
 
 import functools
+import heapq
 import math
 from typing import NamedTuple
 
@@ -8,6 +9,8 @@ from minimamba.fused_scan import programs_per_group
 from minimamba.triton_scan import next_power_of_2
 
 EVERY = 64  # steps between checkpoints
+START = 32  # steps that would take as long as a program takes to start
+MOST_PIECES = 64  # more would start more than they save
 
 
 class Tile(NamedTuple):
@@ -31,68 +34,148 @@ class Tile(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A tile; steps of a piece, None if sequences stay whole; programs that share the channels of a group."""
+    """A tile; programs that share the channels of a group; how sequences are cut.
+
+    The first `whole` of them are not. The others have a first piece of `head` steps, and more of `piece_length`.
+    """
 
     tile: Tile
-    piece_length: int | None
     programs: int
+    whole: int
+    head: int
+    piece_length: int
+    split: bool
+
+    def pieces(self, length):
+        """Pieces of a sequence that is cut."""
+        return 1 + -(-(length - self.head) // self.piece_length)
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(sequences, length, group_size, states, backward, multiprocessors, shared_memory):
-    """Choose the tile, into pieces of how many steps a sequence is cut, and how many programs share a group's channels.
+def plan(batch, groups, length, group_size, states, backward, packed, multiprocessors, shared_memory):
+    """Choose the tile, how sequences are cut into pieces, and how many programs share a group's channels.
 
-    `sequences` counts a group of channels of a sequence as one. A thread has 8 numbers to update at each step, so
-    that they hide each other's latency, backward with up to 4 states fewer: as many states as fit one load. Forward,
-    two tiles are weighed, the second half as wide, and every block of channels is a program. Backward, 8 warps (4 or
-    2 where shared memory is small) sum dB and dC over as many channels as possible, since each program's sums go
-    through memory: those of a group take together at most as much as du does in float32.
+    A thread has 8 numbers to update at each step, so that they hide each other's latency, backward with up to 4 states
+    fewer: as many states as fit one load. Forward, two tiles are weighed, the second half as wide, and every block of
+    channels is a program. Backward, 8 warps (4 or 2 where shared memory is small) sum dB and dC over as many channels
+    as possible, since each program's sums go through memory: those of a group take together at most as much as du does
+    in float32.
 
-    The time of a plan goes with the programs of the busiest multiprocessor times their steps, a few more for each
-    start, and where there are pieces a first kernel. Constants measured on an H100: kernels/NOTES.md.
+    The time of a plan is that of the busiest multiprocessor, in steps, some more for each start, and where there are
+    pieces a first kernel. Constants measured on an H100: kernels/NOTES.md.
     """
-    if backward:
-        warps = 8 if shared_memory >= 200_000 else 4 if shared_memory >= 120_000 or 4 < states <= 128 else 2
-        tiles = {backward_tile(states, warps): 1.0}
-        alone, first_kernel = 1.0, 0.2
-    else:
-        tile = forward_tile(states)
-        tiles = {tile: 1.0}
-        if tile.lanes <= 16:
-            tiles[tile._replace(lanes=2 * tile.lanes, states=2)] = 0.56
-        alone, first_kernel = 1.15, 0.7  # a program alone on a multiprocessor leaves it idle now and then
-
     best_time, best = math.inf, None
-    for tile, cost in tiles.items():
-        tile = fit(tile, group_size)
-        blocks = -(-group_size // tile.block)
-        for pieces in range(1, 65):  # more than 64 would start more than they save
-            steps = length if pieces == 1 else -(-length // pieces // EVERY) * EVERY
-            if pieces > 1 and steps >= length:
-                break
-            programs = programs_per_group(group_size, blocks, states) if backward else blocks
-            # What the busiest multiprocessor has to do, in blocks of channels of a piece.
-            busiest = -(-sequences * programs * -(-length // steps) // multiprocessors) * -(-blocks // programs)
-            time = max(busiest, alone) * (steps + 32) * cost * (1.0 if pieces == 1 else 1.0 + first_kernel)
-            if time < best_time:
-                best_time, best = time, Plan(tile, None if pieces == 1 else steps, programs)
+    if not backward:
+        for tile, cost in forward_tiles(states).items():
+            tile = fit(tile, group_size)
+            blocks = -(-group_size // tile.block)
+            for pieces in range(1, MOST_PIECES + 1):
+                steps = length if pieces == 1 else up_to_checkpoint(length / pieces)
+                if pieces > 1 and steps >= length:
+                    break
+                # A program alone on a multiprocessor leaves it idle now and then.
+                busiest = max(1.15, -(-batch * groups * blocks * -(-length // steps) // multiprocessors))
+                time = busiest * (steps + START) * cost * (1.0 if pieces == 1 else 1.7)
+                if time < best_time:
+                    whole = batch if pieces == 1 else 0
+                    best_time, best = time, Plan(tile, blocks, whole, steps, steps, pieces > 1)
+        return best
+
+    warps = 8 if shared_memory >= 200_000 else 4 if shared_memory >= 120_000 or 4 < states <= 128 else 2
+    tile = fit(backward_tile(states, warps), group_size)
+    blocks = -(-group_size // tile.block)
+    most = programs_per_group(group_size, blocks, states)
+    for programs in (most, -(-most // 2)):
+        rounds = -(-blocks // programs)
+        for whole, head, steps in cuts(batch, groups * programs, length, packed, multiprocessors):
+            cut = Plan(tile, programs, whole, head, steps, whole < batch)
+            tails = 0 if whole == batch else (batch - whole) * (cut.pieces(length) - 1)
+            each = groups * programs
+            jobs = (whole * each, length), ((batch - whole) * each, head), (tails * each, steps)
+            time = last_end([(count, rounds * (n + START)) for count, n in jobs], multiprocessors)
+            if cut.split:  # and the first kernel
+                loads = [load for _, load in first_backward_loads(states, group_size, tails * groups, multiprocessors)]
+                time += 0.1 * min(loads) * (steps + START)
+                # More room for sums than the official kernel takes for what it keeps counts like a tenth of the time.
+                if 8 * programs / group_size + 4 * tails / (batch * length) > 0.068:
+                    time *= 1.1
+            if time < 0.99 * best_time:
+                best_time, best = time, cut
     return best
 
 
-def first_backward_tile(states, group_size):
-    """The tile of the backward pass's first kernel, which keeps no states: the forward pass's.
+def cuts(batch, programs, length, packed, multiprocessors):
+    """Yield what is worth weighing as (whole, head, steps of a piece), `programs` being those of a sequence.
 
-    Except for few states, where its channels are too few to keep the memory busy: half as wide.
+    Either all sequences are cut or those that do not fill the machine. First pieces are longer where there are fewer
+    than multiprocessors, so that these have as much to do as those to which several of the other pieces go.
     """
-    tile = forward_tile(states)
+    yield batch, length, length
+    rounds = batch * programs // multiprocessors
+    for whole in {0} if packed else {0, rounds * multiprocessors // programs}:
+        firsts = (batch - whole) * programs
+        most = max(3, min(MOST_PIECES, 4 * multiprocessors // max(firsts, 1))) if firsts else 0
+        for tails in range(1, most + 1):
+            times = {1}
+            if firsts < multiprocessors and not packed:
+                times.add(-(-firsts * tails // (multiprocessors - firsts)))
+            for head in times:
+                steps = up_to_checkpoint(length / (head + tails))
+                if head * steps < length:
+                    yield whole, head * steps, steps
+
+
+def last_end(jobs, multiprocessors):
+    """When the last of `jobs`, (count, time) in the order of their start, ends: each goes where it can start first."""
+    free = [(0, multiprocessors)]  # (from when on, how many)
+    for count, time in jobs:
+        while count:
+            since, some = heapq.heappop(free)
+            taken = min(some, count)
+            if taken < some:
+                heapq.heappush(free, (since, some - taken))
+            heapq.heappush(free, (since + time, taken))
+            count -= taken
+    return max(free)[0]
+
+
+def up_to_checkpoint(steps):
+    return math.ceil(steps / EVERY) * EVERY
+
+
+def first_backward_tile(states, group_size, pieces, multiprocessors):
+    """The tile of the backward pass's first kernel: that which loads the busiest multiprocessor least."""
+    loads = first_backward_loads(states, group_size, pieces, multiprocessors)
+    return min(loads, key=lambda load: load[1])[0]
+
+
+def first_backward_loads(states, group_size, pieces, multiprocessors):
+    """The tiles to choose from, and with each the load of the busiest multiprocessor.
+
+    The forward pass's, since this kernel keeps no states either. For few states, whose channels are too few to keep the
+    memory busy, one half as wide.
+    """
+    tiles = fitted_first_tiles(states, group_size)
+    return [(tile, cost * -(-pieces * blocks // multiprocessors)) for tile, cost, blocks in tiles]
+
+
+@functools.lru_cache(maxsize=1024)
+def fitted_first_tiles(states, group_size):
+    tiles = forward_tiles(states)
     if states <= 4:
-        tile = tile._replace(states=next_power_of_2(states), channels=1)
-    return fit(tile, group_size)
+        tile = next(iter(tiles))
+        tiles = {tile._replace(states=next_power_of_2(states), channels=1): 1.0}
+    fitted = [(fit(tile, group_size), cost) for tile, cost in tiles.items()]
+    return [(tile, cost, -(-group_size // tile.block)) for tile, cost in fitted]
 
 
-def forward_tile(states):
-    """Twice as many warps where a channel takes two of them, for as many channels."""
-    return wide(states, 16, 4 if states <= 128 else 8)
+def forward_tiles(states):
+    """The forward pass's tiles and what they cost beside each other: one, and one half as wide.
+
+    Twice as many warps where a channel takes two of them, for as many channels.
+    """
+    tile = wide(states, 16, 4 if states <= 128 else 8)
+    return {tile: 1.0} | ({tile._replace(lanes=2 * tile.lanes, states=2): 0.56} if tile.lanes <= 16 else {})
 
 
 def backward_tile(states, warps):

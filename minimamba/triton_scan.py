@@ -109,12 +109,13 @@ class Launch:
     Calling it with tensors is kernel[(programs,)](*tensors, *numbers, **constants, num_warps=warps). Triton looks at
     every argument at every call for what it compiles differently. With sixty arguments that takes longer than a small
     kernel does; here only the addresses can differ, by being divisible by 16 or not.
+
+    With `early` the kernel may start before the one launched before it has ended, and has to wait for that itself.
     """
 
-    def __init__(self, kernel, programs, numbers, warps, **constants):
-        self.kernel, self.programs, self.numbers, self.warps, self.constants = (
-            kernel, programs, numbers, warps, constants,
-        )  # fmt: skip
+    def __init__(self, kernel, programs, numbers, warps, *, early=False, **constants):
+        self.kernel, self.programs, self.numbers, self.constants = kernel, programs, numbers, constants
+        self.options = {"num_warps": warps} | ({"launch_pdl": True} if early else {})
         self.rest = (*numbers, *constants.values())  # in the order of the kernel's arguments
         self.runs = {}  # of what is compiled, by alignment
 
@@ -126,7 +127,7 @@ class Launch:
             aligned = tuple([x % 16 == 0 for x in addresses])
         run = self.runs.get(aligned)
         if run is None:
-            compiled = self.kernel[(self.programs,)](*tensors, *self.numbers, **self.constants, num_warps=self.warps)
+            compiled = self.kernel[(self.programs,)](*tensors, *self.numbers, **self.constants, **self.options)
             if compiled is not None:  # the interpreter compiles nothing
                 self.runs[aligned] = compiled[(self.programs, 1, 1)]
         else:

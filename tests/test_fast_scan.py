@@ -12,7 +12,7 @@ from problems import make, relative_error
 from test_fused_scan import signature
 
 import minimamba.kernels
-from minimamba import fast_scan, selective_scan, triton_scan
+from minimamba import fast_scan, scan_plan, selective_scan, triton_scan
 from minimamba.triton_scan import compile_kernels
 
 NAME = "minimamba.kernels.selective_scan_fast"
@@ -98,6 +98,23 @@ def test_channels_and_states_around_a_tile(fast, channels, states):
     check(make(batch=1, length=20, channels=channels, states=states, layout="poisoned").to(torch.float32))
 
 
+@pytest.mark.parametrize(("whole", "head"), [(0, 128), (1, 64), (2, 192)])
+@pytest.mark.parametrize("flags", [True, False])
+def test_whole_sequences_and_longer_first_pieces(fast, whole, head, flags):
+    problem = make(
+        batch=3, length=300, channels=2, states=3, initial_state=flags, z=flags, layout="poisoned", seed=whole
+    )
+    real = fast_scan.plan
+
+    def plan(*arguments):
+        chosen = real(*arguments)
+        return chosen._replace(whole=whole, head=head, piece_length=64, split=True) if arguments[5] else chosen
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast_scan, "plan", plan)
+        check(problem.to(torch.float32))
+
+
 def test_documents_of_every_length_in_pieces(fast):
     fast(1000)
     problem = make(batch=1, length=300, channels=2, states=2, documents=5, layout="poisoned")
@@ -108,7 +125,7 @@ def test_documents_of_every_length_in_pieces(fast):
                          None, borders),
         torch.device("cpu"), True, False,
     )  # fmt: skip
-    assert cut.split and cut.pieces == 300 // 64 + 5
+    assert cut.split and cut.rows == 300 // 64 + 5
     check(problem.to(torch.float32))
 
 
@@ -143,21 +160,54 @@ def test_precision_of_tiny_and_huge_steps(fast):
 # --- the plan ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backward", [False, True])
-@given(st.integers(1, 64), st.integers(1, 2**20), st.integers(1, 6000), st.integers(1, 256))
-def test_a_plan_covers_everything(backward, sequences, length, group_size, states):
-    tile, piece, programs = fast_scan.plan(sequences, length, group_size, states, backward, *H100)
+flag = st.booleans()
+
+
+@given(
+    st.integers(1, 64), st.integers(1, 3), st.integers(1, 2**20), st.integers(1, 6000), st.integers(1, 256), flag, flag
+)
+def test_a_plan_covers_everything(batch, groups, length, group_size, states, backward, packed):
+    batch = 1 if packed else batch
+    chosen = fast_scan.plan(batch, groups, length, group_size, states, backward, packed, *H100)
+    tile, programs, whole, head, steps, split = chosen
     assert 1 <= programs <= -(-group_size // tile.block)
     assert tile.lanes * tile.states >= states and tile.lanes * tile.states < max(2 * states, 5)
     assert 32 * tile.warps == max(32, tile.lanes) or tile.block < 2 * group_size
     assert tile.block <= 512
-    assert piece is None or (piece % fast_scan.EVERY == 0 and 0 < piece < length)
+    if split:
+        assert 0 <= whole < batch and steps % fast_scan.EVERY == head % fast_scan.EVERY == 0
+        assert 0 < steps <= head < length and ((head == steps and whole == 0) or (backward and not packed))
+        assert head + (chosen.pieces(length) - 2) * steps < length <= head + (chosen.pieces(length) - 1) * steps
+    else:
+        assert (whole, head, steps) == (batch, length, length)
 
 
 def test_few_channels_are_cut_into_pieces_and_many_are_not():
-    assert fast_scan.plan(1, 2**16, 1536, 16, False, *H100)[1] is not None
-    assert fast_scan.plan(8, 2048, 2048, 16, False, *H100)[1] is None
-    assert fast_scan.plan(8, 2048, 2048, 16, True, *H100)[1] is None
+    cut = lambda *sizes: fast_scan.plan(*sizes, False, *H100).split
+    assert cut(1, 1, 2**16, 1536, 16, False)
+    assert not cut(8, 1, 2048, 2048, 16, False)
+    assert not cut(8, 1, 2048, 2048, 16, True)
+
+
+def test_cuts_fill_the_machine():
+    """96 programs on 132 multiprocessors: three quarters of each sequence, then the last quarters on the other 36.
+
+    160 programs: three sequences whole, the fourth in four pieces, which all can take once the whole ones are done.
+    """
+    assert fast_scan.plan(8, 1, 2048, 1536, 16, True, False, *H100)[1:] == (12, 0, 1536, 512, True)
+    assert fast_scan.plan(4, 1, 4096, 5120, 16, True, False, *H100)[1:] == (40, 3, 1024, 1024, True)
+
+
+def test_the_last_end_is_that_of_a_list_schedule():
+    @given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9)), min_size=1, max_size=3), st.integers(1, 9))
+    def draw_and_check(jobs, machines):
+        free = [0] * machines
+        for count, time in jobs:
+            for _ in range(count):
+                free[free.index(min(free))] += time
+        assert scan_plan.last_end(jobs, machines) == max(free)
+
+    draw_and_check()
 
 
 def test_a_launch_compiles_once_for_each_alignment():
@@ -191,11 +241,15 @@ def test_kernels_compile_for_a_gpu(kernels, capability):
         names = getattr(kernels, name).arg_names
         constants = {n for n in names if n.isupper() and len(n) > 1} | {"T", "G", "K", "c", "W"}
         for half, flag, states in (("bf16", True, 16), ("fp32", False, 200)):
-            tile = fast_scan.plan(1, 1000, 512, states, backward, 132, shared)[0]
+            tile = fast_scan.plan(1, 1, 1000, 512, states, backward, False, 132, shared)[0]
             values = dict(zip("TGKcW", tile, strict=True)) | {"EVERY": 64, "BLOCK": 512, "LOCAL": False}
             values = {n: values.get(n, flag) for n in names if n in constants}
+            if "OVERLAP" in values:
+                values["OVERLAP"] = capability >= 90
             types = signature([n for n in names if n not in values], half, "fp32")
-            types |= {n: "i32" for n in types if n in ("sequences", "piece_length", "pieces", "programs")}
+            types |= {
+                n: "i32" for n in types if n in ("sequences", "whole", "head", "piece_length", "pieces", "programs")
+            }
             types |= {n: "i32" for n in types if n.endswith("_size")}
             job = {"kernel": (NAME, name), "signature": types, "constants": values, "capability": capability}
             jobs.append(job | {"num_warps": tile.warps if name.startswith("selective") else 4})
@@ -210,11 +264,11 @@ def test_kernels_compile_for_a_gpu(kernels, capability):
 def test_few_and_many_states_fit_small_shared_memory(kernels, states):
     """An RTX 3090 or 4090 has 99 KB for a program, where an A100 has 163."""
     names = kernels.selective_scan_backward_kernel.arg_names
-    tile = fast_scan.plan(1, 1000, 512, states, True, 84, 101_376)[0]
+    tile = fast_scan.plan(1, 1, 1000, 512, states, True, False, 84, 101_376)[0]
     values = dict(zip("TGKcW", tile, strict=True)) | {"EVERY": 64}
-    values |= {n: True for n in names if n.isupper() and len(n) > 1 and n not in values}
+    values |= {n: n != "OVERLAP" for n in names if n.isupper() and len(n) > 1 and n not in values}
     types = signature([n for n in names if n not in values], "bf16", "fp32")
-    types |= {n: "i32" for n in types if n in ("sequences", "piece_length", "pieces", "batch_size")}
+    types |= {n: "i32" for n in types if n in ("sequences", "whole", "head", "piece_length", "batch_size")}
     made = triton_scan.compile_kernel(
         (NAME, "selective_scan_backward_kernel"), types, values, capability=80, num_warps=tile.warps
     )
@@ -225,6 +279,6 @@ def test_the_sums_compile_where_every_size_is_one(kernels):
     """Triton takes an argument that is 1 as a constant, which has not all that a number has."""
     names = kernels.sum_partials_kernel.arg_names
     ones = {n: 1 for n in names if n in ("programs", "pieces") or n.endswith("_size")}
-    values = ones | {"HAS_D": True, "HAS_BIAS": True, "BLOCK": 512}
+    values = ones | {"HAS_D": True, "HAS_BIAS": True, "OVERLAP": True, "BLOCK": 512}
     types = {n: "*fp32" for n in names if n not in values}
     assert triton_scan.compile_kernel((NAME, "sum_partials_kernel"), types, values)["ptx"]
