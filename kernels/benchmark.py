@@ -8,7 +8,9 @@ mamba_ssm, causal_conv1d, mambapy, transformers, accelerated_scan.
 Backward is the gradient of every argument, without the forward pass; training is both, in one go. Times are medians,
 in milliseconds. On a GPU by `triton.testing.do_bench`, which empties the L2 cache before each repetition, and, where
 launching kernels may cost more than running them, by replay of a CUDA graph as well, which leaves the launching out;
-bytes are the peak that one pass adds to its inputs. null: did not fit into memory, or does not exist.
+bytes are the peak that one pass adds to its inputs. There the process stays on one core (on Linux): autograd has a
+thread of its own, and a call that moves from core to core takes up to twice as long, differently in every run. null:
+did not fit into memory, or does not exist.
 """
 
 import argparse
@@ -371,6 +373,12 @@ def measure(call, leaves, device):
     return row
 
 
+def stay_on_one_core():
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):  # Linux
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
 # --- the run -------------------------------------------------------------------------------------------------
 
 # suite: (the sizes' names, how to draw the arguments, who takes part)
@@ -456,6 +464,8 @@ def main():
     if device == "cpu" and suites != ["shapes"]:
         parser.error("--suite: on a CPU there is only shapes")
 
+    if device == "cuda":
+        stay_on_one_core()
     where = about(device, suites)
     rows, columns = [], ("forward_ms", "backward_ms", "training_ms", "forward_graph_ms", "backward_graph_ms")
     print(f"{'suite':8}{'method':28}{'size':>26}{'dtype':>10}", *(f"{c[:-3]:>15}" for c in columns), f"{'GB':>8}")

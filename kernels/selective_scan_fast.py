@@ -227,7 +227,7 @@ def selective_scan_forward_kernel(
     u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens,
     y, final_state, checkpoints, piece_states, piece_steps,
     L, channels, states, group_size, blocks_per_group, sequences, whole, head, piece_length,
-    u_b, u_t, u_d, delta_b, delta_t, delta_d, z_b, z_t, z_d, y_b, y_t, y_d,
+    u_b, u_t, u_d, delta_b, delta_t, delta_d, z_b, z_t, z_d,
     B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n,
     HAS_D: gl.constexpr, HAS_Z: gl.constexpr, HAS_BIAS: gl.constexpr, SOFTPLUS: gl.constexpr,
     HAS_INITIAL_STATE: gl.constexpr, PACKED: gl.constexpr, SPLIT: gl.constexpr, LOCAL: gl.constexpr,
@@ -295,9 +295,9 @@ def selective_scan_forward_kernel(
     if HAS_BIAS:
         bias = gl.load(delta_bias + d, mask=mask_d, other=0.0)
     if not LOCAL:
-        y_at = t[:, None].to(gl.int64) * y_t + d[None, :] * y_d
+        y_at = t[:, None].to(gl.int64) * channels + d[None, :]
         C_at = t_map[:, None].to(gl.int64) * C_t + n_map[None, :] * C_n
-        y += batch * y_b + begin * y_t
+        y += (batch * L + begin) * channels
         C += batch * C_b + group * C_g + begin * C_t
         if HAS_D:
             D_row = gl.load(D + d, mask=mask_d, other=0.0)
@@ -408,7 +408,7 @@ def selective_scan_forward_kernel(
             if HAS_Z:
                 out *= z_tile * sigmoid(z_tile)
             gl.store(y + y_at, out.to(y.dtype.element_ty), mask=mask_now)
-            y += tile_steps * y_t
+            y += tile_steps * channels
 
     if LOCAL:
         piece_at = row.to(gl.int64) * channels
@@ -616,7 +616,6 @@ def selective_scan_backward_kernel(
     sequences, whole, head, piece_length,
     u_b, u_t, u_d, delta_b, delta_t, delta_d, z_b, z_t, z_d, grad_y_b, grad_y_t, grad_y_d,
     B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n,
-    du_b, du_t, du_d, ddelta_b, ddelta_t, ddelta_d, dz_b, dz_t, dz_d,
     HAS_D: gl.constexpr, HAS_Z: gl.constexpr, HAS_BIAS: gl.constexpr, SOFTPLUS: gl.constexpr, PACKED: gl.constexpr,
     HAS_INITIAL_STATE: gl.constexpr, HAS_GRAD_FINAL_STATE: gl.constexpr, SPLIT: gl.constexpr,
     EVERY: gl.constexpr, OVERLAP: gl.constexpr, TIME_FIRST: gl.constexpr,
@@ -688,11 +687,12 @@ def selective_scan_backward_kernel(
     grad_y += batch * grad_y_b + begin * grad_y_t
     B += batch * B_b + group * B_g + begin * B_t
     C += batch * C_b + group * C_g + begin * C_t
-    du += batch * du_b + begin * du_t
-    ddelta += batch * ddelta_b + begin * ddelta_t
+    begin_of_gradients = (batch * L + begin) * channels  # those of u, delta and z are contiguous
+    du += begin_of_gradients
+    ddelta += begin_of_gradients
     if HAS_Z:
         z += batch * z_b + begin * z_t
-        dz += batch * dz_b + begin * dz_t
+        dz += begin_of_gradients
     step_stride = (groups * states).to(gl.int64)
     slice_size = step_stride * batch_size * L  # in this order: Batch * L alone may pass 2^31
     dBC += program * slice_size + (batch * L + begin) * step_stride + group * states
@@ -744,11 +744,9 @@ def selective_scan_backward_kernel(
         u_at = t[:, None].to(gl.int64) * u_t + d[None, :] * u_d
         delta_at = t[:, None].to(gl.int64) * delta_t + d[None, :] * delta_d
         grad_y_at = t[:, None].to(gl.int64) * grad_y_t + d[None, :] * grad_y_d
-        du_at = t[:, None].to(gl.int64) * du_t + d[None, :] * du_d
-        ddelta_at = t[:, None].to(gl.int64) * ddelta_t + d[None, :] * ddelta_d
+        gradient_at = t[:, None].to(gl.int64) * channels + d[None, :]
         if HAS_Z:
             z_at = t[:, None].to(gl.int64) * z_t + d[None, :] * z_d
-            dz_at = t[:, None].to(gl.int64) * dz_t + d[None, :] * dz_d
         if HAS_D:
             D_row = gl.load(D + d, mask=mask_d, other=0.0)
             dD_sum = gl.zeros([T, CHANNELS], gl.float32, TILE)
@@ -929,7 +927,7 @@ def selective_scan_backward_kernel(
                     out = gl.sum(out_lanes.load(LANES), axis=1)
                     if HAS_D:
                         out += D_row[None, :] * u_tile
-                    gl.store(dz + at * dz_t + dz_at, (dgate * out).to(dz.dtype.element_ty), mask=mask_now)
+                    gl.store(dz + at * channels + gradient_at, (dgate * out).to(dz.dtype.element_ty), mask=mask_now)
                 du_tile = through_B * step
                 ddelta_tile = through_A * LN_2 + through_B * u_tile  # A_tile is A log2(e)
                 if HAS_D:
@@ -939,9 +937,9 @@ def selective_scan_backward_kernel(
                     ddelta_tile *= sigmoid(raw)
                 if HAS_BIAS:
                     dbias_sum += gl.where(mask_now, ddelta_tile, 0.0)
-                gl.store(du + at * du_t + du_at, du_tile.to(du.dtype.element_ty), mask=mask_now)
+                gl.store(du + at * channels + gradient_at, du_tile.to(du.dtype.element_ty), mask=mask_now)
                 gl.store(
-                    ddelta + at * ddelta_t + ddelta_at, ddelta_tile.to(ddelta.dtype.element_ty), mask=mask_now
+                    ddelta + at * channels + gradient_at, ddelta_tile.to(ddelta.dtype.element_ty), mask=mask_now
                 )  # fmt: skip
 
                 sums = gl.sum(dBC_channels.load(SUMS), axis=2)

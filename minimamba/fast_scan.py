@@ -78,7 +78,7 @@ def _forward_launches(kinds, device, delta_softplus, save):
     u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens = _named(kinds)
     cut = _Cut(u, A, B, cu_seqlens, *_machine(device), backward=False)
     overlap = cut.split and _overlaps(device)
-    numbers = (*cut.numbers, *u.strides, *delta.strides, *_strides(z), *u.dense, *_map_strides(B), *_map_strides(C))
+    numbers = (*cut.numbers, *u.strides, *delta.strides, *_strides(z), *_map_strides(B), *_map_strides(C))
     launches = [
         Launch(
             selective_scan_forward_kernel, (cut.sending if local else cut.rows) * cut.blocks, numbers, cut.tile.warps,
@@ -167,8 +167,7 @@ def _backward_launches(kinds, device, delta_softplus):
     main = Launch(
         kernels.selective_scan_backward_kernel, cut.rows * cut.groups * programs,
         (length, channels, states, group_size, blocks_per_group, programs, u.shape[0], *pieces,
-         *u.strides, *delta.strides, *_strides(z), *grad_y.strides, *_map_strides(B), *_map_strides(C),
-         *u.dense, *u.dense, *u.dense),
+         *u.strides, *delta.strides, *_strides(z), *grad_y.strides, *_map_strides(B), *_map_strides(C)),
         cut.tile.warps, early=overlap and cut.split, HAS_D=D is not None, **options,
         HAS_INITIAL_STATE=initial_state is not None, HAS_GRAD_FINAL_STATE=final, SPLIT=cut.split, EVERY=EVERY,
         OVERLAP=overlap, **cut.tile.constants(u),
@@ -204,11 +203,6 @@ class _Kind(NamedTuple):
     dtype: torch.dtype
     shape: tuple
     strides: tuple
-
-    @property
-    def dense(self):
-        """Strides of a contiguous tensor of this shape, such as a gradient of it."""
-        return (self.shape[1] * self.shape[2], self.shape[2], 1)
 
 
 def _kinds(*tensors):

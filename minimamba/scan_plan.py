@@ -9,7 +9,7 @@ from minimamba.fused_scan import programs_per_group
 from minimamba.triton_scan import next_power_of_2
 
 EVERY = 64  # steps between checkpoints
-START = 32  # steps that would take as long as a program takes to start
+FORWARD_START, BACKWARD_START = 32, 20  # steps that would take as long as a program takes to start
 MOST_PIECES = 64  # more would start more than they save
 
 
@@ -73,9 +73,10 @@ def plan(batch, groups, length, group_size, states, backward, packed, multiproce
                 steps = length if pieces == 1 else up_to_checkpoint(length / pieces)
                 if pieces > 1 and steps >= length:
                     break
-                # A program alone on a multiprocessor leaves it idle now and then.
-                busiest = max(1.15, -(-batch * groups * blocks * -(-length // steps) // multiprocessors))
-                time = busiest * (steps + START) * cost * (1.0 if pieces == 1 else 1.7)
+                busiest = -(-batch * groups * blocks * -(-length // steps) // multiprocessors)
+                # Alone on a multiprocessor a program leaves it idle now and then, of the first kernel even two.
+                load = max(1.15, busiest) + (0.0 if pieces == 1 else 0.7 * max(2.2, busiest))
+                time = load * (steps + FORWARD_START) * cost
                 if time < best_time:
                     whole = batch if pieces == 1 else 0
                     best_time, best = time, Plan(tile, blocks, whole, steps, steps, pieces > 1)
@@ -92,12 +93,12 @@ def plan(batch, groups, length, group_size, states, backward, packed, multiproce
             tails = 0 if whole == batch else (batch - whole) * (cut.pieces(length) - 1)
             each = groups * programs
             jobs = (whole * each, length), ((batch - whole) * each, head), (tails * each, steps)
-            time = last_end([(count, rounds * (n + START)) for count, n in jobs], multiprocessors)
+            time = last_end([(count, rounds * (n + BACKWARD_START)) for count, n in jobs], multiprocessors)
             if cut.split:  # and the first kernel
                 loads = [load for _, load in first_backward_loads(states, group_size, tails * groups, multiprocessors)]
-                time += 0.1 * min(loads) * (steps + START)
+                time += 0.1 * min(loads) * (steps + BACKWARD_START)
                 # More room for sums than the official kernel takes for what it keeps counts like a tenth of the time.
-                if 8 * programs / group_size + 4 * tails / (batch * length) > 0.068:
+                if 8 * programs / group_size + 4 * tails / (batch * length) > 0.074:
                     time *= 1.1
             if time < 0.99 * best_time:
                 best_time, best = time, cut
@@ -156,7 +157,7 @@ def first_backward_loads(states, group_size, pieces, multiprocessors):
     memory busy, one half as wide.
     """
     tiles = fitted_first_tiles(states, group_size)
-    return [(tile, cost * -(-pieces * blocks // multiprocessors)) for tile, cost, blocks in tiles]
+    return [(tile, cost * max(2.2, -(-pieces * blocks // multiprocessors))) for tile, cost, blocks in tiles]
 
 
 @functools.lru_cache(maxsize=1024)

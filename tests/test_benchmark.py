@@ -5,6 +5,7 @@ Other packages are compared with ours where they are installed: none of them is 
 
 import itertools
 import json
+import os
 import sys
 
 import pytest
@@ -73,7 +74,12 @@ def test_every_suite_of_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark.minimamba, "selective_scan", scan)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
 
+    cores = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, chosen: cores.append(chosen), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+
     rows = run(monkeypatch, tmp_path, "--device", "cuda")["rows"]
+    assert cores == [{1}]
     by_suite = {k: list(v) for k, v in itertools.groupby(rows, key=lambda row: row["suite"])}
     assert list(by_suite) == list(benchmark.SUITES)
     shapes = {(row["method"], row["dtype"]) for row in by_suite["shapes"]}

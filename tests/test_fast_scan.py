@@ -98,12 +98,9 @@ def test_channels_and_states_around_a_tile(fast, channels, states):
     check(make(batch=1, length=20, channels=channels, states=states, layout="poisoned").to(torch.float32))
 
 
-@pytest.mark.parametrize(("whole", "head"), [(0, 128), (1, 64), (2, 192)])
-@pytest.mark.parametrize("flags", [True, False])
-def test_whole_sequences_and_longer_first_pieces(fast, whole, head, flags):
-    problem = make(
-        batch=3, length=300, channels=2, states=3, initial_state=flags, z=flags, layout="poisoned", seed=whole
-    )
+@pytest.mark.parametrize(("whole", "head", "flag"), [(0, 128, True), (1, 64, False)])
+def test_whole_sequences_and_longer_first_pieces(fast, whole, head, flag):
+    problem = make(batch=2, length=150, channels=2, states=3, initial_state=flag, z=flag, layout="poisoned")
     real = fast_scan.plan
 
     def plan(*arguments):
