@@ -25,7 +25,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 
 import torch
 from torch.nn import functional as F
@@ -334,6 +334,7 @@ def graph_milliseconds(forward, backward=None):
 
 def peak_bytes(call):
     torch.cuda.synchronize()
+    sleep(0.1)  # autograd's own thread may still hold gradients of the call before
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     kept = call()  # alive until the peak is read

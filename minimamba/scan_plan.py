@@ -62,7 +62,8 @@ def plan(batch, groups, length, group_size, states, backward, packed, multiproce
     in float32.
 
     The time of a plan is that of the busiest multiprocessor, in steps, some more for each start, and where there are
-    pieces a first kernel. Constants measured on an H100: kernels/NOTES.md.
+    pieces a first kernel. Constants measured on an H100 and an H200:
+    kernels/NOTES.md.
     """
     best_time, best = math.inf, None
     if not backward:
