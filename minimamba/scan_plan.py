@@ -56,49 +56,60 @@ def plan(batch, groups, length, group_size, states, backward, packed, multiproce
     """Choose the tile, how sequences are cut into pieces, and how many programs share a group's channels.
 
     A thread has 8 numbers to update at each step, so that they hide each other's latency, backward with up to 4 states
-    fewer: as many states as fit one load. Forward, two tiles are weighed, the second half as wide, and every block of
-    channels is a program. Backward, 8 warps (4 or 2 where shared memory is small) sum dB and dC over as many channels
-    as possible, since each program's sums go through memory: those of a group take together at most as much as du does
-    in float32.
-
-    The time of a plan is that of the busiest multiprocessor, in steps, some more for each start, and where there are
-    pieces a first kernel. Constants measured on an H100 and an H200:
-    kernels/NOTES.md.
+    fewer: as many states as fit one load. The time of a plan is that of the busiest multiprocessor, in steps, some more
+    for each start, and where there are pieces a first kernel. Constants measured on an H100 and an H200:
+    kernels/NOTES.md. A packed row is cut as one sequence would be: how long its documents are is not known here.
     """
-    best_time, best = math.inf, None
-    if not backward:
-        for tile, cost in forward_tiles(states).items():
-            tile = fit(tile, group_size)
-            blocks = -(-group_size // tile.block)
-            for pieces in range(1, MOST_PIECES + 1):
-                steps = length if pieces == 1 else up_to_checkpoint(length / pieces)
-                if pieces > 1 and steps >= length:
-                    break
-                busiest = -(-batch * groups * blocks * -(-length // steps) // multiprocessors)
-                # Alone on a multiprocessor a program leaves it idle now and then, of the first kernel even two.
-                load = max(1.15, busiest) + (0.0 if pieces == 1 else 0.7 * max(2.2, busiest))
-                time = load * (steps + FORWARD_START) * cost
-                if time < best_time:
-                    whole = batch if pieces == 1 else 0
-                    best_time, best = time, Plan(tile, blocks, whole, steps, steps, pieces > 1)
-        return best
+    if backward:
+        return backward_plan(batch, groups, length, group_size, states, packed, multiprocessors, shared_memory)
+    return forward_plan(batch, groups, length, group_size, states, multiprocessors)
 
+
+def forward_plan(batch, groups, length, group_size, states, multiprocessors):
+    """Weigh two tiles, and cuts into equal pieces. Every block of channels is a program."""
+    best_time, best = math.inf, None
+    for tile, cost in forward_tiles(states).items():
+        tile = fit(tile, group_size)
+        blocks = -(-group_size // tile.block)
+        for pieces in range(1, MOST_PIECES + 1):
+            split = pieces > 1
+            steps = up_to_checkpoint(length / pieces) if split else length
+            if split and steps >= length:
+                break
+            busiest = -(-batch * groups * blocks * -(-length // steps) // multiprocessors)
+            # Alone on a multiprocessor a program leaves it idle now and then, of the first kernel even two.
+            load = max(1.15, busiest) + (0.7 * max(2.2, busiest) if split else 0)
+            time = cost * load * (steps + FORWARD_START)
+            if time < best_time:
+                best_time, best = time, Plan(tile, blocks, 0 if split else batch, steps, steps, split)
+    return best
+
+
+def backward_plan(batch, groups, length, group_size, states, packed, multiprocessors, shared_memory):
+    """Weigh cuts, equal ones and others, with one or two blocks of channels a program.
+
+    8 warps, 4 or 2 where shared memory is small, sum dB and dC over as many channels as possible, since each program's
+    sums go through memory: those of a group take together at most as much as du does in float32.
+    """
     warps = 8 if shared_memory >= 200_000 else 4 if shared_memory >= 120_000 or 4 < states <= 128 else 2
     tile = fit(backward_tile(states, warps), group_size)
     blocks = -(-group_size // tile.block)
     most = programs_per_group(group_size, blocks, states)
+    best_time, best = math.inf, None
     for programs in (most, -(-most // 2)):
+        each = groups * programs  # of a sequence
         rounds = -(-blocks // programs)
-        for whole, head, steps in cuts(batch, groups * programs, length, packed, multiprocessors):
-            cut = Plan(tile, programs, whole, head, steps, whole < batch)
-            tails = 0 if whole == batch else (batch - whole) * (cut.pieces(length) - 1)
-            each = groups * programs
-            jobs = (whole * each, length), ((batch - whole) * each, head), (tails * each, steps)
-            time = last_end([(count, rounds * (n + BACKWARD_START)) for count, n in jobs], multiprocessors)
-            if cut.split:  # and the first kernel
-                loads = [load for _, load in first_backward_loads(states, group_size, tails * groups, multiprocessors)]
-                time += 0.1 * min(loads) * (steps + BACKWARD_START)
-                # More room for sums than the official kernel takes for what it keeps counts like a tenth of the time.
+        for whole, head, steps in cuts(batch, each, length, packed, multiprocessors):
+            cut = Plan(tile, programs, whole, head, steps, split=whole < batch)
+            tails = (batch - whole) * (cut.pieces(length) - 1)
+            jobs = ((whole, length), (batch - whole, head), (tails, steps))
+            time = last_end([(n * each, rounds * (t + BACKWARD_START)) for n, t in jobs], multiprocessors)
+            if cut.split:
+                loads = first_backward_loads(states, group_size, tails * groups, multiprocessors)
+                time += 0.1 * min(load for _, load in loads) * (steps + BACKWARD_START)
+                # Bytes for each number of u and state: sums of dB and dC, and what is kept for pieces. The official
+                # kernel keeps y before the gate, at half precision and 16 states 1/8; a state every 64 steps is 1/16.
+                # What makes more memory than its own counts like a tenth of the time.
                 if 8 * programs / group_size + 4 * tails / (batch * length) > 0.074:
                     time *= 1.1
             if time < 0.99 * best_time:

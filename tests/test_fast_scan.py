@@ -54,6 +54,7 @@ def check(problem, tolerance=3e-6):
     assert relative_error(y, expected_y) < tolerance
     assert relative_error(state, expected_state) < tolerance
     exact = problem.to(torch.float64)
+    torch.manual_seed(0)
     rounded = {k: x if x is None else x * (1 + 2**-23 * torch.randn_like(x)) for k, x in exact.tensors.items()}
     expected, moved = (p.gradients(selective_scan, method="cpu") for p in (exact, replace(exact, tensors=rounded)))
     for name, gradient in problem.gradients(selective_scan, method="triton").items():
@@ -279,3 +280,32 @@ def test_the_sums_compile_where_every_size_is_one(kernels):
     values = ones | {"HAS_D": True, "HAS_BIAS": True, "OVERLAP": True, "BLOCK": 512}
     types = {n: "*fp32" for n in names if n not in values}
     assert triton_scan.compile_kernel((NAME, "sum_partials_kernel"), types, values)["ptx"]
+
+
+# --- on a GPU ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("states", [1, 2, 3, 4, 7, 33, 200, 256])
+@pytest.mark.parametrize("documents", [None, 4])
+def test_every_tile_on_a_device(states, documents):
+    check(make(batch=1, length=200, channels=300, states=states, documents=documents).to(torch.float32, "cuda"), 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("whole", "head"), [(0, 64), (0, 192), (2, 64), (1, 128)])
+def test_uneven_cuts_on_a_device(whole, head):
+    problem = make(batch=3, length=500, channels=270, states=16).to(torch.float32, "cuda")
+    real = fast_scan.plan
+
+    def plan(*arguments):
+        chosen = real(*arguments)
+        return chosen._replace(whole=whole, head=head, piece_length=64, split=True) if arguments[5] else chosen
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast_scan, "plan", plan)
+        fast_scan._backward_launches.cache_clear()
+        check(problem, 1e-5)
+        one, other = (problem.gradients(selective_scan, method="triton") for _ in range(2))
+    fast_scan._backward_launches.cache_clear()
+    assert all(torch.equal(gradient, other[name]) for name, gradient in one.items())
