@@ -375,6 +375,7 @@ def measure(call, leaves, device):
 
 
 def stay_on_one_core():
+    """For times that can be compared: see above."""
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):  # Linux
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})

@@ -205,14 +205,17 @@ def row_of(first_row, number, sequences, whole, PACKED: gl.constexpr):
 
 
 @gluon.jit
-def checkpoint_of(sequence, start, L, EVERY: gl.constexpr, PACKED: gl.constexpr):
-    """The row of a sequence's first checkpoint. It has one before step EVERY, 2 * EVERY and so on; none before its
-    first step, since that is the initial state. Pieces begin at one, since their lengths are multiples of EVERY.
+def checkpoint_before(begin, sequence, start, L, EVERY: gl.constexpr, PACKED: gl.constexpr):
+    """The row of the checkpoint before step `begin` of a sequence that starts at `start`.
+
+    There is one before the sequence's step EVERY, 2 * EVERY and so on; none before its first, since that is the initial
+    state. Pieces begin at one, since their lengths are multiples of EVERY.
     """
     if PACKED:
-        return start // EVERY
+        first = start // EVERY
     else:
-        return sequence * ((L - 1) // EVERY)
+        first = sequence * ((L - 1) // EVERY)
+    return first + (begin - start) // EVERY - 1
 
 
 # --- forward -----------------------------------------------------------------------------------------------
@@ -328,7 +331,7 @@ def selective_scan_forward_kernel(
         C_next = gl.load(C + C_at, mask=mask_map, other=0.0)
         if HAS_Z:
             z_next = gl.load(z + z_at, mask=mask, other=0.0)
-    checkpoint = checkpoint_of(sequence, start, L, EVERY, PACKED) + (begin - start) // EVERY - 1
+    checkpoint = checkpoint_before(begin, sequence, start, L, EVERY, PACKED)
 
     # What the pieces before make of the state.
     if SPLIT and not LOCAL:
@@ -661,7 +664,7 @@ def selective_scan_backward_kernel(
         row, cu_seqlens, L, sequences, whole, head, piece_length, PACKED, SPLIT
     )
     length = gl.maximum(end - begin, 0).to(gl.int32)
-    checkpoint = checkpoint_of(sequence, start, L, EVERY, PACKED) + (begin - start) // EVERY - 1
+    checkpoint = checkpoint_before(begin, sequence, start, L, EVERY, PACKED)
     tiles = gl.cdiv(length, T)
     chunks = gl.cdiv(length, EVERY)
 

@@ -149,7 +149,7 @@ def _backward_launches(kinds, device, delta_softplus):
     options = {
         "HAS_Z": z is not None, "HAS_BIAS": delta_bias is not None, "SOFTPLUS": delta_softplus, "PACKED": packed,
     }  # fmt: skip
-    tile = first_backward_tile(A.shape[1], cut.group_size, cut.sending * cut.groups, machine[0])
+    tile, _ = first_backward_tile(A.shape[1], cut.group_size, cut.sending * cut.groups, machine[0])
     blocks = -(-cut.group_size // tile.block)
     length, channels, states, group_size, blocks_per_group, *pieces = cut.numbers
     adjoint = Launch(
@@ -227,12 +227,12 @@ class _Cut:
         cut = plan(
             batch, self.groups, length, self.group_size, states, backward, packed, multiprocessors, shared_memory
         )
-        self.tile, self.programs_per_group, self.split = cut.tile, cut.programs, cut.split
+        self.tile, self.programs_per_group, self.split = cut.tile, cut.programs, cut.whole < batch
         blocks_per_group = -(-self.group_size // self.tile.block)
         self.blocks = self.groups * blocks_per_group
         # Rows of what is kept for each piece, and how many of them send something on to another piece.
         if packed:  # differs from document to document: the kernels find out
-            self.rows = length // cut.piece_length + self.sequences if cut.split else self.sequences
+            self.rows = length // cut.piece_length + self.sequences if self.split else self.sequences
             self.sending = self.rows
         else:
             self.sending = (batch - cut.whole) * (cut.pieces(length) - 1)

@@ -44,7 +44,6 @@ class Plan(NamedTuple):
     whole: int
     head: int
     piece_length: int
-    split: bool
 
     def pieces(self, length):
         """Pieces of a sequence that is cut."""
@@ -81,7 +80,7 @@ def forward_plan(batch, groups, length, group_size, states, multiprocessors):
             load = max(1.15, busiest) + (0.7 * max(2.2, busiest) if split else 0)
             time = cost * load * (steps + FORWARD_START)
             if time < best_time:
-                best_time, best = time, Plan(tile, blocks, 0 if split else batch, steps, steps, split)
+                best_time, best = time, Plan(tile, blocks, 0 if split else batch, steps, steps)
     return best
 
 
@@ -100,13 +99,13 @@ def backward_plan(batch, groups, length, group_size, states, packed, multiproces
         each = groups * programs  # of a sequence
         rounds = -(-blocks // programs)
         for whole, head, steps in cuts(batch, each, length, packed, multiprocessors):
-            cut = Plan(tile, programs, whole, head, steps, split=whole < batch)
+            cut = Plan(tile, programs, whole, head, steps)
             tails = (batch - whole) * (cut.pieces(length) - 1)
             jobs = ((whole, length), (batch - whole, head), (tails, steps))
             time = last_end([(n * each, rounds * (t + BACKWARD_START)) for n, t in jobs], multiprocessors)
-            if cut.split:
-                loads = first_backward_loads(states, group_size, tails * groups, multiprocessors)
-                time += 0.1 * min(load for _, load in loads) * (steps + BACKWARD_START)
+            if tails:
+                _, load = first_backward_tile(states, group_size, tails * groups, multiprocessors)
+                time += 0.1 * load * (steps + BACKWARD_START)
                 # Bytes for each number of u and state: sums of dB and dC, and what is kept for pieces. The official
                 # kernel keeps y before the gate, at half precision and 16 states 1/8; a state every 64 steps is 1/16.
                 # What makes more memory than its own counts like a tenth of the time.
@@ -129,13 +128,13 @@ def cuts(batch, programs, length, packed, multiprocessors):
         firsts = (batch - whole) * programs
         most = max(3, min(MOST_PIECES, 4 * multiprocessors // max(firsts, 1))) if firsts else 0
         for tails in range(1, most + 1):
-            times = {1}
+            longer = {1}
             if firsts < multiprocessors and not packed:
-                times.add(-(-firsts * tails // (multiprocessors - firsts)))
-            for head in times:
-                steps = up_to_checkpoint(length / (head + tails))
-                if head * steps < length:
-                    yield whole, head * steps, steps
+                longer.add(-(-firsts * tails // (multiprocessors - firsts)))
+            for times in longer:
+                steps = up_to_checkpoint(length / (times + tails))
+                if times * steps < length:
+                    yield whole, times * steps, steps
 
 
 def last_end(jobs, multiprocessors):
@@ -157,23 +156,20 @@ def up_to_checkpoint(steps):
 
 
 def first_backward_tile(states, group_size, pieces, multiprocessors):
-    """The tile of the backward pass's first kernel: that which loads the busiest multiprocessor least."""
-    loads = first_backward_loads(states, group_size, pieces, multiprocessors)
-    return min(loads, key=lambda load: load[1])[0]
-
-
-def first_backward_loads(states, group_size, pieces, multiprocessors):
-    """The tiles to choose from, and with each the load of the busiest multiprocessor.
-
-    The forward pass's, since this kernel keeps no states either. For few states, whose channels are too few to keep the
-    memory busy, one half as wide.
-    """
-    tiles = fitted_first_tiles(states, group_size)
-    return [(tile, cost * max(2.2, -(-pieces * blocks // multiprocessors))) for tile, cost, blocks in tiles]
+    """The tile of the backward pass's first kernel, and with it the load of the busiest multiprocessor: the least."""
+    loads = [
+        (tile, cost * max(2.2, -(-pieces * blocks // multiprocessors)))
+        for tile, cost, blocks in first_backward_tiles(states, group_size)
+    ]
+    return min(loads, key=lambda load: load[1])
 
 
 @functools.lru_cache(maxsize=1024)
-def fitted_first_tiles(states, group_size):
+def first_backward_tiles(states, group_size):
+    """What there is to choose from, as (tile, cost, blocks of channels): the forward pass's, since no states are kept.
+
+    For few states, whose channels are too few to keep the memory busy, one half as wide.
+    """
     tiles = forward_tiles(states)
     if states <= 4:
         tile = next(iter(tiles))

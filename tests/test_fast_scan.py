@@ -1,6 +1,7 @@
 """The fast kernels, run in the interpreter by gluon_interpreter: shapes, options, pieces, their plan, compilation."""
 
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 
 import gluon_interpreter
@@ -63,6 +64,22 @@ def check(problem, tolerance=3e-6):
         assert relative_error(gradient, expected[name]) < bound, name
 
 
+@contextmanager
+def cut_backward(whole, head):
+    """Have the backward pass leave the first `whole` sequences whole and cut the others: `head` steps, then 64 each."""
+    real = fast_scan.plan
+
+    def plan(*arguments):
+        chosen, backward = real(*arguments), arguments[5]
+        return chosen._replace(whole=whole, head=head, piece_length=64) if backward else chosen
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast_scan, "plan", plan)
+        fast_scan._backward_launches.cache_clear()
+        yield
+    fast_scan._backward_launches.cache_clear()
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 1000])
 def test_equals_the_oracle(fast, multiprocessors):
     fast(multiprocessors)
@@ -102,14 +119,7 @@ def test_channels_and_states_around_a_tile(fast, channels, states):
 @pytest.mark.parametrize(("whole", "head", "flag"), [(0, 128, True), (1, 64, False)])
 def test_whole_sequences_and_longer_first_pieces(fast, whole, head, flag):
     problem = make(batch=2, length=150, channels=2, states=3, initial_state=flag, z=flag, layout="poisoned")
-    real = fast_scan.plan
-
-    def plan(*arguments):
-        chosen = real(*arguments)
-        return chosen._replace(whole=whole, head=head, piece_length=64, split=True) if arguments[5] else chosen
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fast_scan, "plan", plan)
+    with cut_backward(whole, head):
         check(problem.to(torch.float32))
 
 
@@ -158,22 +168,20 @@ def test_precision_of_tiny_and_huge_steps(fast):
 # --- the plan ------------------------------------------------------------------------------------------
 
 
-flag = st.booleans()
-
-
 @given(
-    st.integers(1, 64), st.integers(1, 3), st.integers(1, 2**20), st.integers(1, 6000), st.integers(1, 256), flag, flag
-)
+    st.integers(1, 64), st.integers(1, 3), st.integers(1, 2**20), st.integers(1, 6000), st.integers(1, 256),
+    st.booleans(), st.booleans(),
+)  # fmt: skip
 def test_a_plan_covers_everything(batch, groups, length, group_size, states, backward, packed):
     batch = 1 if packed else batch
     chosen = fast_scan.plan(batch, groups, length, group_size, states, backward, packed, *H100)
-    tile, programs, whole, head, steps, split = chosen
+    tile, programs, whole, head, steps = chosen
     assert 1 <= programs <= -(-group_size // tile.block)
     assert tile.lanes * tile.states >= states and tile.lanes * tile.states < max(2 * states, 5)
     assert 32 * tile.warps == max(32, tile.lanes) or tile.block < 2 * group_size
     assert tile.block <= 512
-    if split:
-        assert 0 <= whole < batch and steps % fast_scan.EVERY == head % fast_scan.EVERY == 0
+    if whole < batch:
+        assert whole >= 0 and steps % fast_scan.EVERY == head % fast_scan.EVERY == 0
         assert 0 < steps <= head < length and ((head == steps and whole == 0) or (backward and not packed))
         assert head + (chosen.pieces(length) - 2) * steps < length <= head + (chosen.pieces(length) - 1) * steps
     else:
@@ -181,7 +189,7 @@ def test_a_plan_covers_everything(batch, groups, length, group_size, states, bac
 
 
 def test_few_channels_are_cut_into_pieces_and_many_are_not():
-    cut = lambda *sizes: fast_scan.plan(*sizes, False, *H100).split
+    cut = lambda batch, *sizes: fast_scan.plan(batch, *sizes, False, *H100).whole < batch
     assert cut(1, 1, 2**16, 1536, 16, False)
     assert not cut(8, 1, 2048, 2048, 16, False)
     assert not cut(8, 1, 2048, 2048, 16, True)
@@ -192,20 +200,17 @@ def test_cuts_fill_the_machine():
 
     160 programs: three sequences whole, the fourth in four pieces, which all can take once the whole ones are done.
     """
-    assert fast_scan.plan(8, 1, 2048, 1536, 16, True, False, *H100)[1:] == (12, 0, 1536, 512, True)
-    assert fast_scan.plan(4, 1, 4096, 5120, 16, True, False, *H100)[1:] == (40, 3, 1024, 1024, True)
+    assert fast_scan.plan(8, 1, 2048, 1536, 16, True, False, *H100)[1:] == (12, 0, 1536, 512)
+    assert fast_scan.plan(4, 1, 4096, 5120, 16, True, False, *H100)[1:] == (40, 3, 1024, 1024)
 
 
-def test_the_last_end_is_that_of_a_list_schedule():
-    @given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9)), min_size=1, max_size=3), st.integers(1, 9))
-    def draw_and_check(jobs, machines):
-        free = [0] * machines
-        for count, time in jobs:
-            for _ in range(count):
-                free[free.index(min(free))] += time
-        assert scan_plan.last_end(jobs, machines) == max(free)
-
-    draw_and_check()
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9)), min_size=1, max_size=3), st.integers(1, 9))
+def test_the_last_end_is_that_of_a_list_schedule(jobs, machines):
+    free = [0] * machines
+    for count, time in jobs:
+        for _ in range(count):
+            free[free.index(min(free))] += time
+    assert scan_plan.last_end(jobs, machines) == max(free)
 
 
 def test_a_launch_compiles_once_for_each_alignment():
@@ -296,16 +301,7 @@ def test_every_tile_on_a_device(states, documents):
 @pytest.mark.parametrize(("whole", "head"), [(0, 64), (0, 192), (2, 64), (1, 128)])
 def test_uneven_cuts_on_a_device(whole, head):
     problem = make(batch=3, length=500, channels=270, states=16).to(torch.float32, "cuda")
-    real = fast_scan.plan
-
-    def plan(*arguments):
-        chosen = real(*arguments)
-        return chosen._replace(whole=whole, head=head, piece_length=64, split=True) if arguments[5] else chosen
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fast_scan, "plan", plan)
-        fast_scan._backward_launches.cache_clear()
+    with cut_backward(whole, head):
         check(problem, 1e-5)
         one, other = (problem.gradients(selective_scan, method="triton") for _ in range(2))
-    fast_scan._backward_launches.cache_clear()
     assert all(torch.equal(gradient, other[name]) for name, gradient in one.items())
