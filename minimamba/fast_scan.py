@@ -120,10 +120,14 @@ def backward(
     A, D, delta_bias, initial_state, grad_final_state = contiguous(A, D, delta_bias, initial_state, grad_final_state)
     kinds = _kinds(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, grad_y, grad_final_state)
     with torch.cuda.device_of(u):
-        split, rooms, adjoint, chain, main, sums = _backward_launches(kinds, u.device, delta_softplus)
-        # What each program, or each piece, sums up by itself. At first a piece's parts of dA and dD hold the adjoint
-        # that enters it and the sum of its steps.
-        part_dA, part_dD, part_dBC, part_dbias = _parts(A, rooms)
+        split, alone, rooms, adjoint, chain, main, sums = _backward_launches(kinds, u.device, delta_softplus)
+        if alone:  # what the only piece sums up by itself are the gradients
+            part_dA, part_dD, part_dbias = dA, dD, dbias = _empty_like(A, D, delta_bias)
+            part_dBC = A.new_empty(sum(rooms))
+        else:
+            # What each program, or each piece, sums up by itself. At first a piece's parts of dA and dD hold the
+            # adjoint that enters it and the sum of its steps.
+            part_dA, part_dD, part_dBC, part_dbias = _parts(A, rooms)
         if split:
             adjoint(delta, A, C, z, delta_bias, cu_seqlens, grad_y, part_dA, part_dD)
             chain(A, cu_seqlens, grad_final_state, part_dA, part_dD)
@@ -133,7 +137,9 @@ def backward(
             part_dA, du, ddelta, part_dA, part_dBC, part_dD, dz, part_dbias, dinitial_state,
         )  # fmt: skip
         # The sums of these; made only now, while the GPU is busy.
-        dA, dB, dC, dD, dbias = _empty_like(A, B, C, D, delta_bias)
+        dB, dC = _empty_like(B, C)
+        if not alone:
+            dA, dD, dbias = _empty_like(A, D, delta_bias)
         sums(part_dBC, part_dA, part_dD, part_dbias, dB, dC, dA, dD, dbias)
     return du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial_state
 
@@ -172,13 +178,16 @@ def _backward_launches(kinds, device, delta_softplus):
         HAS_INITIAL_STATE=initial_state is not None, HAS_GRAD_FINAL_STATE=final, SPLIT=cut.split, EVERY=EVERY,
         OVERLAP=overlap, **cut.tile.constants(u),
     )  # fmt: skip
-    columns = [0 if x is None else math.prod(x.shape) for x in (B, C, A, D, delta_bias)]
+    alone = cut.rows == 1
+    summed = (B, C, None, None, None) if alone else (B, C, A, D, delta_bias)
+    columns = [0 if x is None else math.prod(x.shape) for x in summed]
     sums = Launch(
         kernels.sum_partials_kernel, sum(-(-n // SUM_BLOCK) for n in columns), (programs, cut.rows, *columns), 4,
-        early=overlap, HAS_D=D is not None, HAS_BIAS=delta_bias is not None, OVERLAP=overlap, BLOCK=SUM_BLOCK,
+        early=overlap, HAS_D=columns[3] > 0, HAS_BIAS=columns[4] > 0, OVERLAP=overlap, BLOCK=SUM_BLOCK,
     )  # fmt: skip
-    rooms = [*cut.rooms, *_aligned(programs * (columns[0] + columns[1]), cut.rows * columns[4])]
-    return cut.split, rooms, adjoint, chain, main, sums
+    room_dBC = programs * (columns[0] + columns[1])
+    rooms = [room_dBC] if alone else [*cut.rooms, *_aligned(room_dBC, cut.rows * columns[4])]
+    return cut.split, alone, rooms, adjoint, chain, main, sums
 
 
 def _parts(A, rooms):

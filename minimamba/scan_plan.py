@@ -10,6 +10,7 @@ from minimamba.triton_scan import next_power_of_2
 
 EVERY = 64  # steps between checkpoints
 FORWARD_START, BACKWARD_START = 32, 20  # steps that would take as long as a program takes to start
+MORE_KERNELS = 40  # the same of two more kernels, which take the host longer than the GPU
 MOST_PIECES = 64  # more would start more than they save
 
 
@@ -85,35 +86,51 @@ def forward_plan(batch, groups, length, group_size, states, multiprocessors):
 
 
 def backward_plan(batch, groups, length, group_size, states, packed, multiprocessors, shared_memory):
-    """Weigh cuts, equal ones and others, with one or two blocks of channels a program.
+    """Weigh two tiles, cuts, equal ones and others, and one or two blocks of channels a program.
 
     8 warps, 4 or 2 where shared memory is small, sum dB and dC over as many channels as possible, since each program's
     sums go through memory: those of a group take together at most as much as du does in float32.
     """
     warps = 8 if shared_memory >= 200_000 else 4 if shared_memory >= 120_000 or 4 < states <= 128 else 2
-    tile = fit(backward_tile(states, warps), group_size)
-    blocks = -(-group_size // tile.block)
-    most = programs_per_group(group_size, blocks, states)
     best_time, best = math.inf, None
-    for programs in (most, -(-most // 2)):
-        each = groups * programs  # of a sequence
-        rounds = -(-blocks // programs)
-        for whole, head, steps in cuts(batch, each, length, packed, multiprocessors):
-            cut = Plan(tile, programs, whole, head, steps)
-            tails = (batch - whole) * (cut.pieces(length) - 1)
-            jobs = ((whole, length), (batch - whole, head), (tails, steps))
-            time = last_end([(n * each, rounds * (t + BACKWARD_START)) for n, t in jobs], multiprocessors)
-            if tails:
-                _, load = first_backward_tile(states, group_size, tails * groups, multiprocessors)
-                time += 0.1 * load * (steps + BACKWARD_START)
-                # Bytes for each number of u and state: sums of dB and dC, and what is kept for pieces. The official
-                # kernel keeps y before the gate, at half precision and 16 states 1/8; a state every 64 steps is 1/16.
-                # What makes more memory than its own counts like a tenth of the time.
-                if 8 * programs / group_size + 4 * tails / (batch * length) > 0.074:
+    for tile, cost in backward_tiles(states, warps).items():
+        tile = fit(tile, group_size)
+        blocks = -(-group_size // tile.block)
+        most = programs_per_group(group_size, blocks, states)
+        for programs in (most, -(-most // 2)):
+            each = groups * programs  # of a sequence
+            rounds = -(-blocks // programs)
+            for whole, head, steps in cuts(batch, each, length, packed, multiprocessors):
+                cut = Plan(tile, programs, whole, head, steps)
+                tails = (batch - whole) * (cut.pieces(length) - 1)
+                jobs = ((whole, length), (batch - whole, head), (tails, steps))
+                jobs = [(n * each, cost * rounds * (t + BACKWARD_START)) for n, t in jobs]
+                time = last_end(jobs, multiprocessors)
+                if tails:
+                    _, load = first_backward_tile(states, group_size, tails * groups, multiprocessors)
+                    time += MORE_KERNELS + 0.1 * load * (steps + BACKWARD_START)
+                # What makes more memory than the official kernel's counts like a tenth of the time.
+                if memory(programs / group_size, tails / batch, length) > official_memory(length):
                     time *= 1.1
-            if time < 0.99 * best_time:
-                best_time, best = time, cut
+                if time < 0.99 * best_time:
+                    best_time, best = time, cut
     return best
+
+
+def memory(programs, pieces, length):
+    """Bytes for each number of u and state that a training step takes beside its gradients and y.
+
+    Sums of dB and dC, what is kept for each piece, and the states.
+    """
+    return 8 * programs + 4 * (pieces + (length - 1) // EVERY) / length
+
+
+def official_memory(length):
+    """The same of the official kernel at half precision and 16 states: y before the gate, two numbers every 2048 steps.
+
+    And some for what is not counted.
+    """
+    return 2 / 16 + 8 * -(-length // 2048) / length + 0.0075
 
 
 def cuts(batch, programs, length, packed, multiprocessors):
@@ -184,19 +201,25 @@ def forward_tiles(states):
     Twice as many warps where a channel takes two of them, for as many channels.
     """
     tile = wide(states, 16, 4 if states <= 128 else 8)
-    return {tile: 1.0} | ({tile._replace(lanes=2 * tile.lanes, states=2): 0.56} if tile.lanes <= 16 else {})
+    return {tile: 1.0} | half(tile, 0.56)
 
 
-def backward_tile(states, warps):
-    """With up to four states a thread holds all of a channel, and what it does once for each step and channel counts.
+def backward_tiles(states, warps):
+    """The same of the backward pass.
 
-    So there are no more of them than registers hold, and no state is padded.
+    With up to four states a thread holds all of a channel, and what it does once for each step and channel counts. So
+    there are no more of them than registers hold, and no state is padded.
     """
     tile = wide(states, 4, warps)
     if states <= 4:
         padded = next_power_of_2(states)
-        tile = tile._replace(states=padded, channels=2 if padded <= 2 else 1)
-    return tile
+        return {tile._replace(states=padded, channels=2 if padded <= 2 else 1): 1.0}
+    return {tile: 1.0} | half(tile, 0.67)
+
+
+def half(tile, cost):
+    """As many threads for half as many channels, at a cost of `cost`. Not where a channel takes more than half a warp."""
+    return {tile._replace(lanes=2 * tile.lanes, states=2): cost} if tile.lanes <= 16 else {}
 
 
 def wide(states, steps, warps):

@@ -213,21 +213,27 @@ def test_the_last_end_is_that_of_a_list_schedule(jobs, machines):
     assert scan_plan.last_end(jobs, machines) == max(free)
 
 
-def test_a_launch_compiles_once_for_each_alignment():
-    calls = []
+def test_a_launch_compiles_once_for_each_alignment(monkeypatch):
+    compiled, launched = [], []
 
     class Kernel:
-        def __getitem__(self, grid):
-            return lambda *arguments, **constants: calls.append((grid, arguments, constants)) or self
+        function, packed_metadata = "function", "metadata"
 
-    launch = triton_scan.Launch(Kernel(), 7, (2, 3), 4, FLAG=True)
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: compiled.append((grid, arguments, constants)) or self
+
+        def run(self, *arguments):
+            launched.append(arguments)
+
+    monkeypatch.setattr(triton_scan, "_current_stream", lambda device: 7)
+    launch = triton_scan.Launch(Kernel(), 9, (2, 3), 4, FLAG=True)
     x = torch.zeros(16)
     launch(x, None)
     launch(x, None)
     launch(x[1:], None)
-    assert [len(launch.runs), len(calls)] == [2, 3]
-    assert calls[0] == ((7,), (x, None, 2, 3), {"FLAG": True, "num_warps": 4})
-    assert calls[1] == ((7, 1, 1), (x.data_ptr(), 0, 2, 3, True), {})
+    assert [call[0] for call in compiled] == [(9,), (9,)]
+    assert compiled[0][1:] == ((x, None, 2, 3), {"FLAG": True, "num_warps": 4})
+    assert launched == [(9, 1, 1, 7, "function", "metadata", None, None, None, x.data_ptr(), 0, 2, 3, True)]
 
 
 # --- without a GPU, every variant compiles -------------------------------------------------------------

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 import minimamba
-from minimamba import conv_plan
+from minimamba import conv_plan, triton_scan
+
+
+STREAM = 7
 
 
 class Recorder:
@@ -16,13 +19,19 @@ class Recorder:
         self.names, self.calls = kernel.arg_names, []
 
     def __getitem__(self, grid):
-        def call(*arguments, num_warps=None, **constants):
-            if num_warps is not None:  # Triton's launch, which takes constants by name
-                assert [*self.names[len(arguments) :]] == [*constants]
+        def call(*arguments, num_warps, **constants):  # Triton's launch, which takes constants by name
+            assert [*self.names[len(arguments) :]] == [*constants]
             self.calls.append((grid[0], num_warps, (*arguments, *constants.values())))
             return self
 
         return call
+
+    function, packed_metadata = "function", "metadata"
+
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter_hook, exit_hook, *arguments):
+        assert (y, z, stream, function, metadata) == (1, 1, STREAM, "function", "metadata")
+        assert launch_metadata is enter_hook is exit_hook is None
+        self.calls.append((x, None, arguments))
 
 
 @pytest.fixture
@@ -38,6 +47,7 @@ def recorded(monkeypatch):
         recorders = [Recorder(getattr(module, name)) for name in names]
         for name, recorder in zip(names, recorders, strict=True):
             monkeypatch.setattr(module, name, recorder)
+        monkeypatch.setattr(triton_scan, "_current_stream", lambda device: STREAM)
         return recorders
 
     yield replace
