@@ -86,7 +86,7 @@ def forward_plan(batch, groups, length, group_size, states, multiprocessors):
 
 
 def backward_plan(batch, groups, length, group_size, states, packed, multiprocessors, shared_memory):
-    """Weigh two tiles, cuts, equal ones and others, and one or two blocks of channels a program.
+    """Weigh cuts, equal ones and others, one or two blocks of channels a program, and for whole sequences half a tile.
 
     8 warps, 4 or 2 where shared memory is small, sum dB and dC over as many channels as possible, since each program's
     sums go through memory: those of a group take together at most as much as du does in float32.
@@ -103,6 +103,8 @@ def backward_plan(batch, groups, length, group_size, states, packed, multiproces
             for whole, head, steps in cuts(batch, each, length, packed, multiprocessors):
                 cut = Plan(tile, programs, whole, head, steps)
                 tails = (batch - whole) * (cut.pieces(length) - 1)
+                if tails and cost < 1:
+                    break  # half a tile sums over half the channels: with pieces that is too much memory
                 jobs = ((whole, length), (batch - whole, head), (tails, steps))
                 jobs = [(n * each, cost * rounds * (t + BACKWARD_START)) for n, t in jobs]
                 time = last_end(jobs, multiprocessors)
@@ -110,7 +112,7 @@ def backward_plan(batch, groups, length, group_size, states, packed, multiproces
                     _, load = first_backward_tile(states, group_size, tails * groups, multiprocessors)
                     time += MORE_KERNELS + 0.1 * load * (steps + BACKWARD_START)
                 # What makes more memory than the official kernel's counts like a tenth of the time.
-                if memory(programs / group_size, tails / batch, length) > official_memory(length):
+                if memory(programs / group_size, 1 + tails / batch, length) > official_memory(length, states):
                     time *= 1.1
                 if time < 0.99 * best_time:
                     best_time, best = time, cut
@@ -118,19 +120,19 @@ def backward_plan(batch, groups, length, group_size, states, packed, multiproces
 
 
 def memory(programs, pieces, length):
-    """Bytes for each number of u and state that a training step takes beside its gradients and y.
+    """Bytes that a training step takes beside y and the gradients, for each number of u and state.
 
-    Sums of dB and dC, what is kept for each piece, and the states.
+    Sums of dB and dC, what each piece sums up, and the states that are kept.
     """
     return 8 * programs + 4 * (pieces + (length - 1) // EVERY) / length
 
 
-def official_memory(length):
-    """The same of the official kernel at half precision and 16 states: y before the gate, two numbers every 2048 steps.
+def official_memory(length, states):
+    """The same of the official kernel in half precision: y before the gate, and two numbers every 2048 steps.
 
     And some for what is not counted.
     """
-    return 2 / 16 + 8 * -(-length // 2048) / length + 0.0075
+    return 2 / states + 8 * -(-length // 2048) / length + 0.0075
 
 
 def cuts(batch, programs, length, packed, multiprocessors):
@@ -218,7 +220,7 @@ def backward_tiles(states, warps):
 
 
 def half(tile, cost):
-    """As many threads for half as many channels, at a cost of `cost`. Not where a channel takes more than half a warp."""
+    """As many threads for half as many channels, at a cost of `cost`. Not where a channel takes a warp already."""
     return {tile._replace(lanes=2 * tile.lanes, states=2): cost} if tile.lanes <= 16 else {}
 
 

@@ -40,8 +40,7 @@ def fast(kernels, monkeypatch):
 
     def machine(multiprocessors):
         monkeypatch.setattr(fast_scan, "_machine", lambda device: (multiprocessors, H100[1]))
-        for cached in (fast_scan._forward_launches, fast_scan._backward_launches):
-            cached.cache_clear()
+        forget_plans()
 
     machine(1)
     yield machine
@@ -75,9 +74,26 @@ def cut_backward(whole, head):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fast_scan, "plan", plan)
-        fast_scan._backward_launches.cache_clear()
+        forget_plans()
         yield
-    fast_scan._backward_launches.cache_clear()
+    forget_plans()
+
+
+@contextmanager
+def backward_tile(which):
+    """Have the backward pass take the wide tile (0) or half of it (1), and leave sequences whole."""
+    tiles = scan_plan.backward_tiles
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan_plan, "backward_tiles", lambda *arguments: dict([[*tiles(*arguments).items()][which]]))
+        patch.setattr(scan_plan, "cuts", lambda batch, programs, length, *machine: [(batch, length, length)])
+        forget_plans()
+        yield
+    forget_plans()
+
+
+def forget_plans():
+    for cached in (scan_plan.plan, fast_scan._forward_launches, fast_scan._backward_launches):
+        cached.cache_clear()
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 1000])
@@ -151,6 +167,12 @@ def test_several_blocks_add_to_one_slice(fast, channels, states, warps):
         check(problem.to(torch.float32))
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_sequence_in_either_tile(fast, which):
+    with backward_tile(which):
+        check(make(batch=1, length=20, channels=70, states=16, layout="poisoned").to(torch.float32))
+
+
 def test_precision_of_tiny_and_huge_steps(fast):
     problem = make(batch=1, length=8, delta_bias=False, initial_state=False).to(torch.float32)
     problem.tensors["delta"].fill_(-20.0)  # softplus(-20) = 2.06e-9
@@ -202,6 +224,12 @@ def test_cuts_fill_the_machine():
     """
     assert fast_scan.plan(8, 1, 2048, 1536, 16, True, False, *H100)[1:] == (12, 0, 1536, 512)
     assert fast_scan.plan(4, 1, 4096, 5120, 16, True, False, *H100)[1:] == (40, 3, 1024, 1024)
+
+
+def test_a_short_sequence_is_left_whole():
+    """Two launches instead of four, and half a tile fills as many multiprocessors as two pieces would."""
+    tile, programs, *cut = fast_scan.plan(1, 1, 128, 2048, 16, True, False, *H100)
+    assert (tile, programs, cut) == (scan_plan.Tile(4, 8, 2, 2, 8), 32, [1, 128, 128])
 
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9)), min_size=1, max_size=3), st.integers(1, 9))
@@ -301,6 +329,14 @@ def test_the_sums_compile_where_every_size_is_one(kernels):
 @pytest.mark.parametrize("documents", [None, 4])
 def test_every_tile_on_a_device(states, documents):
     check(make(batch=1, length=200, channels=300, states=states, documents=documents).to(torch.float32, "cuda"), 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_either_tile_on_a_device(which, batch):
+    with backward_tile(which):
+        check(make(batch=batch, length=100, channels=300, states=16).to(torch.float32, "cuda"), 1e-5)
 
 
 @pytest.mark.gpu

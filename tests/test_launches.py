@@ -8,7 +8,6 @@ import torch
 import minimamba
 from minimamba import conv_plan, triton_scan
 
-
 STREAM = 7
 
 
