@@ -9,8 +9,9 @@ Backward is the gradient of every argument, without the forward pass; training i
 in milliseconds. On a GPU by `triton.testing.do_bench`, which empties the L2 cache before each repetition, and, where
 launching kernels may cost more than running them, by replay of a CUDA graph as well, which leaves the launching out;
 bytes are the peak that one pass adds to its inputs. There the process stays on one core (on Linux): autograd has a
-thread of its own, and a call that moves from core to core takes up to twice as long, differently in every run. null:
-did not fit into memory, or does not exist.
+thread of its own, and a call that moves from core to core takes up to twice as long, differently in every run. A short
+call waits for the host, and the host for whatever else it does: of three medians the least. null: did not fit into
+memory, or does not exist.
 """
 
 import argparse
@@ -55,6 +56,7 @@ PEERS = ("mamba_ssm", "causal_conv1d", "mambapy", "transformers", "accelerated_s
 
 REPETITIONS, SECONDS = 5, 1.0  # on a CPU: at least so many and so long
 PATIENCE = 1.0  # a call that takes longer is not repeated (seconds)
+SHORT = 0.0005  # a call that takes less is timed three times (seconds)
 GRAPH_BELOW = 5.0  # milliseconds; above, launching is no matter
 
 
@@ -306,7 +308,9 @@ def milliseconds(call):
     call()
     torch.cuda.synchronize()
     once = perf_counter() - begin
-    return 1e3 * once if once > PATIENCE else do_bench(call, warmup=25, rep=100, return_mode="median")
+    if once > PATIENCE:
+        return 1e3 * once
+    return min(do_bench(call, warmup=25, rep=100, return_mode="median") for _ in range(3 if once < SHORT else 1))
 
 
 def graph_milliseconds(forward, backward=None):
@@ -391,8 +395,8 @@ SUITES = {
 }  # fmt: skip
 
 
-def plan(device, suites):
-    """Yield (suite, method, size, dtype)."""
+def plan(device, suites, methods=None):
+    """Yield (suite, method, size, dtype), of `methods` only if given."""
     for suite in suites:
         names = list(SUITES[suite][2](device))
         chosen = lambda *wanted, names=names: [name for name in names if name in wanted]
@@ -417,10 +421,10 @@ def plan(device, suites):
         else:
             sizes = {"extras": EXTRAS, "conv": CONVOLUTIONS, "step": STEPS}[suite]
             rows = [(name, size, torch.bfloat16) for size in sizes for name in names]
-        yield from ((suite, *row) for row in rows)
+        yield from ((suite, *row) for row in rows if not methods or row[0] in methods)
 
 
-def about(device, suites):
+def about(device, suites, methods=None):
     """What the results depend on. Of the other packages those that are installed."""
     gpu = device == "cuda"
     versions = {name: _version(name) for name in ("torch", "triton", *PEERS)}
@@ -433,7 +437,10 @@ def about(device, suites):
         **{name: version for name, version in versions.items() if version},
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python -m minimamba.kernels.benchmark --device", device, "--suite", *suites]),
+        "command": " ".join(
+            ["python -m minimamba.kernels.benchmark --device", device, "--suite", *suites]
+            + (["--method", *methods] if methods else [])
+        ),
     }
 
 
@@ -460,18 +467,23 @@ def main():
     )  # fmt: skip
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--suite", choices=list(SUITES), nargs="+", help="only these (default: all of the device)")
+    parser.add_argument("--method", nargs="+", metavar="NAME", help="only these, such as triton (default: all)")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the results as JSON, after each row")
     options = parser.parse_args()
     device, suites = options.device, options.suite or (["shapes"] if options.device == "cpu" else list(SUITES))
     if device == "cpu" and suites != ["shapes"]:
         parser.error("--suite: on a CPU there is only shapes")
 
+    known = {name for suite in suites for name in SUITES[suite][2](device)}
+    if unknown := set(options.method or ()) - known:
+        parser.error(f"--method: expected some of {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}")
+
     if device == "cuda":
         stay_on_one_core()
-    where = about(device, suites)
+    where = about(device, suites, options.method)
     rows, columns = [], ("forward_ms", "backward_ms", "training_ms", "forward_graph_ms", "backward_graph_ms")
     print(f"{'suite':8}{'method':28}{'size':>26}{'dtype':>10}", *(f"{c[:-3]:>15}" for c in columns), f"{'GB':>8}")
-    for suite, name, size, dtype in (progress := tqdm(list(plan(device, suites)), unit="row")):
+    for suite, name, size, dtype in (progress := tqdm(list(plan(device, suites, options.method)), unit="row")):
         progress.set_description(f"{suite} {name} {size}")
         letters, draw, contenders = SUITES[suite]
         row = {"suite": suite, "method": name, **dict(zip(letters, size, strict=True)), "dtype": str(dtype)[6:]}

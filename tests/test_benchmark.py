@@ -94,9 +94,9 @@ def test_every_suite_of_a_gpu(monkeypatch, tmp_path):
     # The gradients taken last for a row of "conv": of x, weight and bias.
     assert [y.shape for y in calls[-4]] == [(2, 8, 9), (8, 4), (8,)]
 
-    only = run(monkeypatch, tmp_path, "--device", "cuda", "--suite", "step", "states")
-    assert {row["suite"] for row in only["rows"]} == {"step", "states"}
-    assert only["command"].endswith("--device cuda --suite step states")
+    only = run(monkeypatch, tmp_path, "--device", "cuda", "--suite", "step", "states", "--method", "triton")
+    assert {(row["suite"], row["method"]) for row in only["rows"]} == {("step", "triton"), ("states", "triton")}
+    assert only["command"].endswith("--device cuda --suite step states --method triton")
 
 
 def test_on_a_cpu_there_is_one_suite(monkeypatch, capsys):
@@ -104,6 +104,14 @@ def test_on_a_cpu_there_is_one_suite(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         benchmark.main()
     assert "on a CPU there is only shapes" in capsys.readouterr().err
+
+
+def test_an_unknown_method_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--device", "cpu", "--method", "sequential", "fastest"])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    error = capsys.readouterr().err
+    assert "--method: expected some of" in error and "sequential" in error and error.strip().endswith("got fastest")
 
 
 def test_what_does_not_fit_is_null(fast, monkeypatch, tmp_path):
@@ -125,6 +133,17 @@ def test_seconds_repeats_and_loses_patience(monkeypatch):
     calls.clear()
     benchmark.seconds(lambda: calls.append(1))
     assert calls == [1]
+
+
+def test_a_short_call_is_timed_three_times(monkeypatch):
+    testing = pytest.importorskip("triton.testing")
+    medians = iter([3.0, 1.0, 2.0, 4.0])
+    monkeypatch.setattr(testing, "do_bench", lambda *arguments, **options: next(medians))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(benchmark, "SHORT", 1)
+    assert benchmark.milliseconds(lambda: None) == 1.0
+    monkeypatch.setattr(benchmark, "SHORT", 0)
+    assert benchmark.milliseconds(lambda: None) == 4.0
 
 
 def outputs_and_gradients(prepare, x, upstream):
