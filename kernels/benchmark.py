@@ -56,7 +56,7 @@ PEERS = ("mamba_ssm", "causal_conv1d", "mambapy", "transformers", "accelerated_s
 
 REPETITIONS, SECONDS = 5, 1.0  # on a CPU: at least so many and so long
 PATIENCE = 1.0  # a call that takes longer is not repeated (seconds)
-SHORT = 0.0005  # a call that takes less is timed three times (seconds)
+SHORT = 0.001  # a call that takes less is timed three times (seconds)
 GRAPH_BELOW = 5.0  # milliseconds; above, launching is no matter
 
 

@@ -100,11 +100,12 @@ def backward_plan(batch, groups, length, group_size, states, packed, multiproces
         for programs in (most, -(-most // 2)):
             each = groups * programs  # of a sequence
             rounds = -(-blocks // programs)
-            for whole, head, steps in cuts(batch, each, length, packed, multiprocessors):
+            ways = cuts(batch, each, length, packed, multiprocessors)
+            if cost < 1:  # half a tile sums over half the channels: with pieces as well that is too much memory
+                ways = [(batch, length, length)]
+            for whole, head, steps in ways:
                 cut = Plan(tile, programs, whole, head, steps)
                 tails = (batch - whole) * (cut.pieces(length) - 1)
-                if tails and cost < 1:
-                    break  # half a tile sums over half the channels: with pieces that is too much memory
                 jobs = ((whole, length), (batch - whole, head), (tails, steps))
                 jobs = [(n * each, cost * rounds * (t + BACKWARD_START)) for n, t in jobs]
                 time = last_end(jobs, multiprocessors)
