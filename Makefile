@@ -12,6 +12,10 @@ lab: $(INSTALLED)  ## open the chapters in JupyterLab
 
 test: test-code test-notebooks  ## every test, then every notebook
 
+# Two workers fill two cores. More threads would spin beside them, waiting for each other: what a test starts as a
+# process of its own, such as the README's example, took three times as long.
+test-code test-notebooks: export OMP_NUM_THREADS = 1
+
 test-code: $(INSTALLED)
 	$(BIN)/python -m pytest tests -n 2 --dist loadgroup -q
 

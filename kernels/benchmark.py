@@ -474,7 +474,7 @@ def main():
     if device == "cpu" and suites != ["shapes"]:
         parser.error("--suite: on a CPU there is only shapes")
 
-    known = {name for suite in suites for name in SUITES[suite][2](device)}
+    known = {name for _, name, *_ in plan(device, suites)}
     if unknown := set(options.method or ()) - known:
         parser.error(f"--method: expected some of {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}")
 

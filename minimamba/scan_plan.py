@@ -123,7 +123,7 @@ def backward_plan(batch, groups, length, group_size, states, packed, multiproces
 def memory(programs, pieces, length):
     """Bytes that a training step takes beside y and the gradients, for each number of u and state.
 
-    Sums of dB and dC, what each piece sums up, and the states that are kept.
+    Sums of dB and dC, of so many programs a channel; what each piece of a sequence sums up; the states that are kept.
     """
     return 8 * programs + 4 * (pieces + (length - 1) // EVERY) / length
 
@@ -162,6 +162,11 @@ def last_end(jobs, multiprocessors):
     free = [(0, multiprocessors)]  # (from when on, how many)
     for count, time in jobs:
         while count:
+            if count >= multiprocessors and max(free)[0] - free[0][0] <= time:  # then each gets one after the other
+                rounds = count // multiprocessors
+                free = [(since + rounds * time, some) for since, some in free]
+                count -= rounds * multiprocessors
+                continue
             since, some = heapq.heappop(free)
             taken = min(some, count)
             if taken < some:
@@ -217,7 +222,7 @@ def backward_tiles(states, warps):
     if states <= 4:
         padded = next_power_of_2(states)
         return {tile._replace(states=padded, channels=2 if padded <= 2 else 1): 1.0}
-    return {tile: 1.0} | half(tile, 0.67)
+    return {tile: 1.0} | (half(tile, 0.67) if states <= 32 else {})
 
 
 def half(tile, cost):
