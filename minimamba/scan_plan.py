@@ -162,7 +162,7 @@ def last_end(jobs, multiprocessors):
     free = [(0, multiprocessors)]  # (from when on, how many)
     for count, time in jobs:
         while count:
-            if count >= multiprocessors and max(free)[0] - free[0][0] <= time:  # then each gets one after the other
+            if count >= multiprocessors and max(free)[0] - free[0][0] <= time:  # one for each, then the next round
                 rounds = count // multiprocessors
                 free = [(since + rounds * time, some) for since, some in free]
                 count -= rounds * multiprocessors
@@ -222,7 +222,7 @@ def backward_tiles(states, warps):
     if states <= 4:
         padded = next_power_of_2(states)
         return {tile._replace(states=padded, channels=2 if padded <= 2 else 1): 1.0}
-    return {tile: 1.0} | (half(tile, 0.67) if states <= 32 else {})
+    return {tile: 1.0} | (half(tile, 0.67) if states <= 32 else {})  # measured with 8 and 16 states
 
 
 def half(tile, cost):

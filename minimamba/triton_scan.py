@@ -109,7 +109,7 @@ class Launch:
     Calling it with tensors is kernel[(programs,)](*tensors, *numbers, **constants, num_warps=warps). Triton looks at
     every argument at every call for what it compiles differently. With sixty arguments that takes longer than a small
     kernel does; here only the addresses can differ, by being divisible by 16 or not. What is compiled is launched
-    without asking for Triton's launch hooks, which takes as long again.
+    without asking for Triton's launch hooks, which takes as long again: a profiler that uses them sees the first call.
 
     With `early` the kernel may start before the one launched before it has ended, and has to wait for that itself.
     """
