@@ -6,22 +6,23 @@ convolution, "step" the decoding step. On a CPU there is only "shapes". Others a
 mamba_ssm, causal_conv1d, mambapy, transformers, accelerated_scan.
 
 Backward is the gradient of every argument, without the forward pass; training is both, in one go. Times are medians,
-in milliseconds. On a GPU by `triton.testing.do_bench`, which empties the L2 cache before each repetition, and, where
-launching kernels may cost more than running them, by replay of a CUDA graph as well, which leaves the launching out;
-bytes are the peak that one pass adds to its inputs. There the process stays on one core (on Linux): autograd has a
-thread of its own, and a call that moves from core to core takes up to twice as long, differently in every run. A short
-call waits for the host, and the host for whatever else it does: of three medians the least. null: did not fit into
-memory, or does not exist.
+in milliseconds. On a GPU by `triton.testing.do_bench`, which empties the L2 cache before each repetition. Where
+launching kernels may cost more than running them, also from a CUDA graph that does the same ten times, less the time of
+emptying the cache: that leaves the launching out. Bytes are the peak that one pass adds to its inputs.
+
+On a GPU the process stays on one core (on Linux): autograd has a thread of its own, and a call that moves from core to
+core takes up to twice as long, differently in every run. A short call waits for the host, and the host for whatever
+else it does: of three medians the least. null: did not fit into memory, or does not exist.
 """
 
 import argparse
 import datetime
+import functools
 import inspect
 import os
 import platform
 import statistics
 import subprocess
-from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from itertools import pairwise
@@ -57,6 +58,7 @@ PEERS = ("mamba_ssm", "causal_conv1d", "mambapy", "transformers", "accelerated_s
 REPETITIONS, SECONDS = 5, 1.0  # on a CPU: at least so many and so long
 PATIENCE = 1.0  # a call that takes longer is not repeated (seconds)
 SHORT = 0.001  # a call that takes less is timed three times (seconds)
+CALLS = 10  # of a short call in a graph
 GRAPH_BELOW = 5.0  # milliseconds; above, launching is no matter
 
 
@@ -314,8 +316,8 @@ def milliseconds(call):
 
 
 def graph_milliseconds(forward, backward=None):
-    """The time of a replay of `forward()`, or of `backward(y)` alone; None if it cannot be captured."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    """The time of `forward()`, or of `backward(y)` alone, without launching it; None if it cannot be captured."""
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     try:
         with torch.cuda.stream(stream):  # autograd goes back on the stream of the way there
@@ -325,15 +327,42 @@ def graph_milliseconds(forward, backward=None):
                 part = lambda: backward(y)
             for _ in range(2):
                 part()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            kept = part()
-        time = milliseconds(graph.replay)
-        del kept
-        return time
+            torch.cuda.synchronize()
+            begin = perf_counter()
+            part()
+            torch.cuda.synchronize()
+            calls = CALLS if perf_counter() - begin < SHORT else 1
+        return (milliseconds(capture(part, calls, stream).replay) - emptying_milliseconds(calls)) / calls
     except RuntimeError:
         torch.cuda.synchronize()
         return None
+
+
+@functools.cache
+def emptying_milliseconds(calls):
+    """What of a graph's time is not its calls': emptying the cache, and starting the graph."""
+    return milliseconds(capture(lambda: None, calls, torch.cuda.Stream()).replay)
+
+
+def capture(part, calls, stream):
+    """A CUDA graph that empties the L2 cache and runs `part`, `calls` times."""
+    from triton.runtime import driver
+
+    graph, cache = torch.cuda.CUDAGraph(), room_of_the_cache()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(calls):
+            driver.active.clear_cache(cache)
+            part()
+    return graph
+
+
+@functools.cache
+def room_of_the_cache():
+    """Memory that pushes everything else out of the L2 cache when it is written to."""
+    from triton.runtime import driver
+
+    return driver.active.get_empty_cache_for_benchmark()
 
 
 def peak_bytes(call):
@@ -369,7 +398,7 @@ def measure(call, leaves, device):
     y = call()
     upstream = torch.randn_like(y)
     backward = lambda y: torch.autograd.grad(y, leaves, upstream, retain_graph=True)
-    row["backward_ms"] = milliseconds(partial(backward, y))
+    row["backward_ms"] = milliseconds(functools.partial(backward, y))
     y = None  # frees the graph: memory is measured next
     train = lambda: torch.autograd.grad(call(), leaves, upstream)
     row |= {"training_ms": milliseconds(train), "training_bytes": peak_bytes(train)}

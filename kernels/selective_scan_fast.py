@@ -338,15 +338,15 @@ def selective_scan_forward_kernel(
         if OVERLAP:
             wait_for_kernel_before()
         first_row = row_of(row, -number, sequences, whole, PACKED)
-        for earlier in range(0, number, 4):  # four at a time on their way
+        for earlier in range(0, number, 6):  # six at a time on their way
             steps, locals = (), ()
-            for ahead in gl.static_range(4):
+            for ahead in gl.static_range(6):
                 where = row_of(first_row, earlier + ahead, sequences, whole, PACKED).to(gl.int64) * channels
                 there = earlier + ahead < number
                 steps = steps + (gl.load(piece_steps + where + d_row, mask=mask_row & there, other=0.0),)
                 state = gl.load(piece_states + where * states + by_state, mask=mask_state & there, other=0.0)
                 locals = locals + (state,)
-            for ahead in gl.static_range(4):  # a step of zero changes nothing
+            for ahead in gl.static_range(6):  # a step of zero changes nothing
                 h = gl.exp2(over_states(steps[ahead]) * A_tile) * h + locals[ahead]
 
     tile_steps = gl.to_tensor(T).to(gl.int64)  # a stride in time can be as long as a batch

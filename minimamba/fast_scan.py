@@ -11,7 +11,7 @@ import torch
 
 from minimamba import fused_scan
 from minimamba.fused_scan import contiguous
-from minimamba.scan_plan import EVERY, first_backward_tile, plan
+from minimamba.scan_plan import EVERY, first_backward_tile, forward_registers, plan
 from minimamba.triton_scan import Launch
 
 SUM_BLOCK = 512  # numbers a program of the last kernel sums up
@@ -82,7 +82,9 @@ def _forward_launches(kinds, device, delta_softplus, save):
     launches = [
         Launch(
             selective_scan_forward_kernel, (cut.sending if local else cut.rows) * cut.blocks, numbers, cut.tile.warps,
-            early=overlap and not local, HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None,
+            early=overlap and not local,
+            registers=forward_registers(cut.tile, local, cut.split, save) if _is_hopper(device) else None,
+            HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None,
             SOFTPLUS=delta_softplus, HAS_INITIAL_STATE=initial_state is not None, PACKED=cu_seqlens is not None,
             SPLIT=cut.split, LOCAL=local, SAVE=save and not local, EVERY=EVERY, OVERLAP=overlap,
             **cut.tile.constants(u),
@@ -263,6 +265,11 @@ def _machine(device):
 def _overlaps(device):
     """Whether a kernel can start before the one before it has ended: from compute capability 9.0 on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def _is_hopper(device):
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _map_strides(x):

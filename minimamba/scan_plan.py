@@ -225,6 +225,24 @@ def backward_tiles(states, warps):
     return {tile: 1.0} | (half(tile, 0.67) if states <= 32 else {})  # measured with 8 and 16 states
 
 
+def forward_registers(tile, local, split, save):
+    """The most registers a thread of a forward kernel may have on compute capability 9.0; None where it is no matter.
+
+    Between one exponential and the next a warp has eight other instructions to issue. The compiler either spreads the
+    exponentials so or issues eight in a row and waits for them, which takes a tenth longer; which of both it does turns
+    on anything. With these limits it spreads them, in Triton 3.6 and 3.7, for a layer's usual arguments
+    (kernels/NOTES.md).
+    """
+    lanes, states, channels = tile[1:4]
+    if (lanes, states, channels) == (4, 4, 2):
+        if local:
+            return 88
+        return (158 if save else 168) if split else (160 if save else 154)
+    if (lanes, states, channels) == (8, 2, 2):
+        return 72 if local else 128
+    return None
+
+
 def half(tile, cost):
     """As many threads for half as many channels, at a cost of `cost`. Not where a channel takes a warp already."""
     return {tile._replace(lanes=2 * tile.lanes, states=2): cost} if tile.lanes <= 16 else {}

@@ -112,11 +112,13 @@ class Launch:
     without asking for Triton's launch hooks, which takes as long again: a profiler that uses them sees the first call.
 
     With `early` the kernel may start before the one launched before it has ended, and has to wait for that itself.
+    `registers` is the most that a thread may have, by default what the compiler likes.
     """
 
-    def __init__(self, kernel, programs, numbers, warps, *, early=False, **constants):
+    def __init__(self, kernel, programs, numbers, warps, *, early=False, registers=None, **constants):
         self.kernel, self.programs, self.numbers, self.constants = kernel, programs, numbers, constants
         self.options = {"num_warps": warps} | ({"launch_pdl": True} if early else {})
+        self.options |= {"maxnreg": registers} if registers else {}
         self.rest = (*numbers, *constants.values())  # in the order of the kernel's arguments
         self.runs = {}  # of what is compiled, by alignment
 
@@ -159,16 +161,19 @@ def load_ipython_extension(ipython):
 # --- what does a kernel compile to? --------------------------------------------------------------------
 
 
-def compile_kernel(kernel, signature, constants, *, capability=90, num_warps=4):
+def compile_kernel(kernel, signature, constants, *, capability=90, num_warps=4, registers=None):
     """Compile a kernel for an NVIDIA GPU of compute capability 8.0 (80) or 9.0 (90), with or without one here.
 
     kernel     ("module", "name"), for example ("minimamba.kernels.linear_scan", "scan_rows_kernel")
-    signature  {argument: Triton's type}, such as "*fp32", "i32", for all arguments that are not constexpr
+    signature  {argument: Triton's type}, such as "*fp32", "i32", for all arguments that are not constexpr; "*fp32:16"
+               for an address, "i32:16" for a number that is a multiple of 16
     constants  {argument: value} of the constexpr ones; a dtype by its name, such as "fp32"
+    registers  the most that a thread may have; None leaves it to the compiler
 
-    Returns a dict: "ptx" (text), "shared" (bytes of shared memory), "registers" and "stack" (bytes) a thread.
+    Returns a dict: "ptx" and "sass" (its machine code, as text), "shared" (bytes of shared memory), "registers" and
+    "stack" (bytes) a thread.
     """
-    job = {"kernel": kernel, "signature": signature, "constants": constants}
+    job = {"kernel": kernel, "signature": signature, "constants": constants, "registers": registers}
     return compile_kernels([job | {"capability": capability, "num_warps": num_warps}])[0]
 
 
@@ -202,28 +207,33 @@ def _compile_here():
         dtypes = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32, "fp64": tl.float64}
         constants = {k: dtypes.get(v, v) if isinstance(v, str) else v for k, v in job["constants"].items()}
         signature = job["signature"] | dict.fromkeys(constants, "constexpr")
+        types = {k: signature[k].removesuffix(":16") for k in kernel.arg_names}
+        multiples = {(i,): [["tt.divisibility", 16]] for i, k in enumerate(types) if signature[k].endswith(":16")}
+        limit = {"maxnreg": job["registers"]} if job.get("registers") else {}
         source = GluonASTSource if kernel.is_gluon() else ASTSource
         compiled = compile(
-            source(kernel, {k: signature[k] for k in kernel.arg_names}, constants),
+            source(kernel, types, constants, multiples),
             target=GPUTarget("cuda", job["capability"], 32),
-            options={"num_warps": job["num_warps"]},
+            options={"num_warps": job["num_warps"]} | limit,
         )
-        usage = _resource_usage(compiled.asm["cubin"])
-        results.append({"ptx": compiled.asm["ptx"], "shared": compiled.metadata.shared} | usage)
+        made = {"ptx": compiled.asm["ptx"], "shared": compiled.metadata.shared}
+        results.append(made | _read_machine_code(compiled.asm["cubin"]))
     json.dump(results, sys.stdout)
 
 
-def _resource_usage(cubin):
-    """Registers and stack bytes a thread, read from machine code by the tool that Triton ships."""
+def _read_machine_code(cubin):
+    """Its text, and registers and stack bytes a thread, read by the tools that Triton ships."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        report = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True)
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", report.stdout).groups()
-    return {"registers": int(registers), "stack": int(stack)}
+        run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+        sass = run([tools / "nvdisasm", "--print-code", path]).stdout
+        usage = run([tools / "cuobjdump", "--dump-resource-usage", path]).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return {"sass": sass, "registers": int(registers), "stack": int(stack)}
 
 
 def _check_scan(a, b, initial_state):

@@ -1,5 +1,6 @@
 """The fast kernels, run in the interpreter by gluon_interpreter: shapes, options, pieces, their plan, compilation."""
 
+import re
 import sys
 import time
 from contextlib import contextmanager
@@ -302,6 +303,52 @@ def test_kernels_compile_for_a_gpu(kernels, capability):
         assert made["shared"] <= shared
         if asked["kernel"][1] == "selective_scan_forward_kernel":
             assert made["stack"] == 0
+
+
+@pytest.mark.parametrize("sequences", [1, 8], ids=["pieces", "whole"])
+@pytest.mark.parametrize("channels", [2048, 1536])
+def test_exponentials_are_spread_over_the_loop(kernels, sequences, channels):
+    """Else scan_plan.forward_registers needs other limits: try all, for this Triton, with and without `save`.
+
+    What matters is the order that the compiler gives the same instructions, for a layer's usual arguments.
+    """
+    names = kernels.selective_scan_forward_kernel.arg_names
+    cut = fast_scan.plan(sequences, 1, 2048, channels, 16, False, False, 132, 232_448)
+    split = cut.whole < sequences
+    jobs = []
+    for local, save in ((True, False),) * split + ((False, False), (False, True)):
+        flags = {"HAS_D": True, "HAS_Z": True, "HAS_BIAS": True, "SOFTPLUS": True, "SPLIT": split, "OVERLAP": split}
+        values = dict.fromkeys([n for n in names if n.isupper() and len(n) > 1], False) | flags
+        values |= {"LOCAL": local, "SAVE": save, "EVERY": 64} | dict(zip("TGKcW", cut.tile, strict=True))
+        values |= dict.fromkeys(["initial_state", "cu_seqlens"] + ["piece_states", "piece_steps"] * (not split))
+        values |= dict.fromkeys([n for n in names if n[-2:] in ("_d", "_n")] + ["sequences"] * split, 1)
+        types = {n: "i32:16" for n in names if n not in values}
+        types |= {n: "i32" for n in types if n in ["blocks_per_group"] + ["sequences", "whole"] * (not split)}
+        types |= {n: "*bf16:16" for n in types if n in ("u", "delta", "B", "C", "z", "y")}
+        floats = ("A", "D", "delta_bias", "final_state", "checkpoints", "piece_states", "piece_steps")
+        types |= {n: "*fp32:16" for n in types if n in floats}
+        registers = scan_plan.forward_registers(cut.tile, local, split, save)
+        jobs.append({"kernel": (NAME, "selective_scan_forward_kernel"), "signature": types, "constants": values})
+        jobs[-1] |= {"capability": 90, "num_warps": cut.tile.warps, "registers": registers}
+    for job, made in zip(jobs, compile_kernels(jobs), strict=True):
+        together = [len(run) for run in re.findall("M+", main_loop(made["sass"]))]
+        assert made["registers"] <= job["registers"] and made["stack"] == 0
+        assert sum(together) > job["constants"]["T"] * cut.tile.states * cut.tile.channels
+        assert sum(n * n for n in together) / sum(together) < 1.6, (job["registers"], together)
+
+
+def main_loop(sass):
+    """The longest loop's instructions, one letter each: M for an exponential or the like, a dot for all others."""
+    labels, letters, loops = {}, "", []
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(letters)
+        if instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            letters += "M" if "MUFU" in instruction[1] else "."
+            target = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])
+            if target and target[1] in labels:
+                loops.append(letters[labels[target[1]] :])
+    return max(loops, key=len)
 
 
 @pytest.mark.parametrize("states", [1, 4, 8, 256])
