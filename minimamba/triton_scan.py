@@ -236,6 +236,20 @@ def _read_machine_code(cubin):
     return {"sass": sass, "registers": int(registers), "stack": int(stack)}
 
 
+def longest_loop(sass):
+    """The instructions of the longest loop in machine code as `compile_kernel` returns it, as a list of texts."""
+    labels, instructions, loops = {}, [], [[]]
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        if instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(instruction[1])
+            jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])
+            if jump and jump[1] in labels:
+                loops.append(instructions[labels[jump[1]] :])
+    return max(loops, key=len)
+
+
 def _check_scan(a, b, initial_state):
     check_tensor("b", b)
     if b.ndim < 2:

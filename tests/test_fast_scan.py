@@ -16,7 +16,7 @@ from test_fused_scan import signature
 
 import minimamba.kernels
 from minimamba import fast_scan, scan_plan, selective_scan, triton_scan
-from minimamba.triton_scan import compile_kernels
+from minimamba.triton_scan import compile_kernels, longest_loop
 
 NAME = "minimamba.kernels.selective_scan_fast"
 H100 = (132, 232_448)
@@ -331,24 +331,11 @@ def test_exponentials_are_spread_over_the_loop(kernels, sequences, channels):
         jobs.append({"kernel": (NAME, "selective_scan_forward_kernel"), "signature": types, "constants": values})
         jobs[-1] |= {"capability": 90, "num_warps": cut.tile.warps, "registers": registers}
     for job, made in zip(jobs, compile_kernels(jobs), strict=True):
-        together = [len(run) for run in re.findall("M+", main_loop(made["sass"]))]
+        loop = "".join("M" if "MUFU" in instruction else "." for instruction in longest_loop(made["sass"]))
+        together = [len(run) for run in re.findall("M+", loop)]
         assert made["registers"] <= job["registers"] and made["stack"] == 0
         assert sum(together) > job["constants"]["T"] * cut.tile.states * cut.tile.channels
         assert sum(n * n for n in together) / sum(together) < 1.6, (job["registers"], together)
-
-
-def main_loop(sass):
-    """The longest loop's instructions, one letter each: M for an exponential or the like, a dot for all others."""
-    labels, letters, loops = {}, "", []
-    for line in sass.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(letters)
-        if instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            letters += "M" if "MUFU" in instruction[1] else "."
-            target = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])
-            if target and target[1] in labels:
-                loops.append(letters[labels[target[1]] :])
-    return max(loops, key=len)
 
 
 @pytest.mark.parametrize("states", [1, 4, 8, 256])
