@@ -308,7 +308,7 @@ def test_kernels_compile_for_a_gpu(kernels, capability):
 @pytest.mark.parametrize("sequences", [1, 8], ids=["pieces", "whole"])
 @pytest.mark.parametrize("channels", [2048, 1536])
 def test_exponentials_are_spread_over_the_loop(kernels, sequences, channels):
-    """Else scan_plan.forward_registers needs other limits: try all, for this Triton, with and without `save`.
+    """Else scan_plan.forward_registers needs other limits for this Triton: the message lists what there is.
 
     What matters is the order that the compiler gives the same instructions, for a layer's usual arguments.
     """
@@ -331,11 +331,20 @@ def test_exponentials_are_spread_over_the_loop(kernels, sequences, channels):
         jobs.append({"kernel": (NAME, "selective_scan_forward_kernel"), "signature": types, "constants": values})
         jobs[-1] |= {"capability": 90, "num_warps": cut.tile.warps, "registers": registers}
     for job, made in zip(jobs, compile_kernels(jobs), strict=True):
-        loop = "".join("M" if "MUFU" in instruction else "." for instruction in longest_loop(made["sass"]))
-        together = [len(run) for run in re.findall("M+", loop)]
         assert made["registers"] <= job["registers"] and made["stack"] == 0
-        assert sum(together) > job["constants"]["T"] * cut.tile.states * cut.tile.channels
-        assert sum(n * n for n in together) / sum(together) < 1.6, (job["registers"], together)
+        if in_a_row(made) > 1.6:
+            limits = range(64, 176, 4)
+            others = zip(limits, compile_kernels([job | {"registers": n} for n in limits]), strict=True)
+            others = {n: round(in_a_row(other), 2) for n, other in others if not other["stack"]}
+            pytest.fail(f"{job['constants']}: under {job['registers']} registers {in_a_row(made):.2f}, others {others}")
+
+
+def in_a_row(made):
+    """How many exponentials stand side by side in the loop over tiles, for the average one."""
+    loop = "".join("M" if "MUFU" in instruction else "." for instruction in longest_loop(made["sass"]))
+    together = [len(run) for run in re.findall("M+", loop)]
+    assert sum(together) > 64  # 16 steps of 8 numbers a thread, of 4 in the narrow tile; the softplus
+    return sum(n * n for n in together) / sum(together)
 
 
 @pytest.mark.parametrize("states", [1, 4, 8, 256])
