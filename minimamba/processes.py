@@ -5,6 +5,7 @@
 torchrun starts the processes and tells each its rank; without torchrun there is one, and nothing here talks to anybody.
 """
 
+import gc
 import os
 import warnings
 
@@ -33,7 +34,9 @@ def join(kind=None):
 def leave():
     """Take leave of the other processes, if there are any."""
     if dist.is_initialized():
+        dist.barrier()  # nobody leaves while another still waits for it
         dist.destroy_process_group()
+        gc.collect()  # models that know the group go now: its threads must not outlive the interpreter
 
 
 def rank_and_count():

@@ -492,10 +492,11 @@ def test_two_processes_have_the_losses_of_one(options, data, tmp_path):
         patch.setattr(training_files, "save_checkpoint", stop_after(training_files.save_checkpoint))
         with pytest.raises(KeyboardInterrupt):
             training.train(options("resumed", "--log-every", "1"))
-    subprocess.run(
+    run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)],
-        check=True, timeout=120, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=120, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+    assert run.returncode == 0, run.stderr
     expected = log_of(tmp_path / "one")
     for name in ("ddp", "fsdp", "resumed"):
         rows = log_of(tmp_path / name)
