@@ -34,7 +34,6 @@ def join(kind=None):
 def leave():
     """Take leave of the other processes, if there are any."""
     if dist.is_initialized():
-        dist.barrier()  # nobody leaves while another still waits for it
         dist.destroy_process_group()
         gc.collect()  # models that know the group go now: its threads must not outlive the interpreter
 
