@@ -229,7 +229,7 @@ def forward_registers(tile, local, split, save):
     """The most registers a thread of a forward kernel may have on compute capability 9.0; None where it is no matter.
 
     An exponential keeps its unit busy for eight clocks, in which others could be issued. The compiler either spreads
-    the exponentials among other instructions, or has eight in a row and waits for them, which takes a tenth longer;
+    the exponentials among other instructions, or has some in a row and waits for them, which takes a tenth longer;
     which of both turns on trifles. With these limits it spreads them, in Triton 3.6 and 3.7 and for a layer's usual
     arguments (kernels/NOTES.md).
     """
