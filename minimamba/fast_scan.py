@@ -32,10 +32,9 @@ def serves(u, A, B, C):
     )
 
 
-@functools.cache
 def _has_gluon(device):
     """Whether Gluon has what these kernels need on this GPU."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.version.hip is None and _capability(device) >= (8, 0)
 
 
 def checkpoint_shape(u, A, B, C, cu_seqlens):
@@ -83,7 +82,7 @@ def _forward_launches(kinds, device, delta_softplus, save):
         Launch(
             selective_scan_forward_kernel, (cut.sending if local else cut.rows) * cut.blocks, numbers, cut.tile.warps,
             early=overlap and not local,
-            registers=forward_registers(cut.tile, local, cut.split, save) if _is_hopper(device) else None,
+            registers=forward_registers(cut.tile, local, cut.split, save) if _capability(device) == (9, 0) else None,
             HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None,
             SOFTPLUS=delta_softplus, HAS_INITIAL_STATE=initial_state is not None, PACKED=cu_seqlens is not None,
             SPLIT=cut.split, LOCAL=local, SAVE=save and not local, EVERY=EVERY, OVERLAP=overlap,
@@ -261,15 +260,15 @@ def _machine(device):
     return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
-@functools.cache
 def _overlaps(device):
     """Whether a kernel can start before the one before it has ended: from compute capability 9.0 on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return _capability(device) >= (9, 0)
 
 
 @functools.cache
-def _is_hopper(device):
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+def _capability(device):
+    """The compute capability of a GPU. Of a CPU, where the interpreter runs, less than any."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def _map_strides(x):

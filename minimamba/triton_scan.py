@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 import json
 import operator
 import os
@@ -248,6 +249,13 @@ def longest_loop(sass):
             if jump and jump[1] in labels:
                 loops.append(instructions[labels[jump[1]] :])
     return max(loops, key=len)
+
+
+def row_length(instructions, operation):
+    """How many of an operation, such as "MUFU", stand side by side among instructions, for the average one of them."""
+    groups = itertools.groupby(operation in instruction for instruction in instructions)
+    rows = [len(list(group)) for found, group in groups if found]
+    return sum(n * n for n in rows) / sum(rows)
 
 
 def _check_scan(a, b, initial_state):

@@ -1,6 +1,5 @@
 """The fast kernels, run in the interpreter by gluon_interpreter: shapes, options, pieces, their plan, compilation."""
 
-import re
 import sys
 import time
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from test_fused_scan import signature
 
 import minimamba.kernels
 from minimamba import fast_scan, scan_plan, selective_scan, triton_scan
-from minimamba.triton_scan import compile_kernels, longest_loop
+from minimamba.triton_scan import compile_kernels, longest_loop, row_length
 
 NAME = "minimamba.kernels.selective_scan_fast"
 H100 = (132, 232_448)
@@ -305,16 +304,18 @@ def test_kernels_compile_for_a_gpu(kernels, capability):
             assert made["stack"] == 0
 
 
-@pytest.mark.parametrize("sequences", [1, 8], ids=["pieces", "whole"])
-@pytest.mark.parametrize("channels", [2048, 1536])
-def test_exponentials_are_spread_over_the_loop(kernels, sequences, channels):
+@pytest.mark.parametrize(
+    ("sequences", "length", "channels", "lanes", "split"),
+    [(1, 2048, 2048, 4, True), (8, 2048, 2048, 4, False), (1, 256, 768, 8, True), (8, 2048, 1536, 8, False)],
+)
+def test_exponentials_are_spread_over_the_loop(kernels, sequences, length, channels, lanes, split):
     """Else scan_plan.forward_registers needs other limits for this Triton: the message lists what there is.
 
     What matters is the order that the compiler gives the same instructions, for a layer's usual arguments.
     """
     names = kernels.selective_scan_forward_kernel.arg_names
-    cut = fast_scan.plan(sequences, 1, 2048, channels, 16, False, False, 132, 232_448)
-    split = cut.whole < sequences
+    cut = fast_scan.plan(sequences, 1, length, channels, 16, False, False, 132, 232_448)
+    assert (cut.tile.lanes, cut.whole < sequences) == (lanes, split)  # each tile, in pieces and whole
     jobs = []
     for local, save in ((True, False),) * split + ((False, False), (False, True)):
         flags = {"HAS_D": True, "HAS_Z": True, "HAS_BIAS": True, "SOFTPLUS": True, "SPLIT": split, "OVERLAP": split}
@@ -341,10 +342,9 @@ def test_exponentials_are_spread_over_the_loop(kernels, sequences, channels):
 
 def in_a_row(made):
     """How many exponentials stand side by side in the loop over tiles, for the average one."""
-    loop = "".join("M" if "MUFU" in instruction else "." for instruction in longest_loop(made["sass"]))
-    together = [len(run) for run in re.findall("M+", loop)]
-    assert sum(together) > 64  # 16 steps of 8 numbers a thread, of 4 in the narrow tile; the softplus
-    return sum(n * n for n in together) / sum(together)
+    loop = longest_loop(made["sass"])
+    assert sum("MUFU" in instruction for instruction in loop) > 64  # 16 steps of 8 numbers a thread or 4; the softplus
+    return row_length(loop, "MUFU")
 
 
 @pytest.mark.parametrize("states", [1, 4, 8, 256])

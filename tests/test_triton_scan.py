@@ -204,3 +204,21 @@ def test_a_cell_goes_on_where_triton_has_no_build(monkeypatch, capsys):
     monkeypatch.setattr(triton_scan, "TRITON_IS_INSTALLED", False)
     shell.magic("", "x = 2")
     assert "x = 2" not in cells and "Triton has no build for this system" in capsys.readouterr().out
+
+
+def test_loops_and_rows_in_machine_code():
+    sass = """
+.L_x_0:
+        /*0000*/                   MUFU.EX2 R1, R2 ;
+        /*0010*/               @P0 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0020*/                   MUFU.EX2 R1, R2 ;
+        /*0030*/                   MUFU.EX2 R3, R2 ;
+        /*0040*/                   FMUL R1, R1, R3 ;
+        /*0050*/                   MUFU.EX2 R3, R2 ;
+        /*0060*/               @P0 BRA `(.L_x_1) ;
+        /*0070*/                   EXIT ;
+"""
+    loop = triton_scan.longest_loop(sass)
+    assert [instruction.split()[0] for instruction in loop] == ["MUFU.EX2", "MUFU.EX2", "FMUL", "MUFU.EX2", "@P0"]
+    assert triton_scan.row_length(loop, "MUFU") == pytest.approx(5 / 3)
