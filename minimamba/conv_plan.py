@@ -25,21 +25,24 @@ def tile_for(steps, sequences, channels, element_size, *, time_last=False, backw
     A multiprocessor hides the latency of memory with some 40 KB on its way. A thread asks for 8 steps of 4 channels
     at once, with time along the lanes of one: in half precision 64 and 16 bytes, so 20 and 64 warps are enough, and
     registers allow them. The backward pass asks for twice as much and holds fewer warps. With time along the lanes
-    all 128 threads of a program go along one channel, if it is long enough: so they read memory in its order.
-    The longer a line, the more rarely are the taps loaded, the fewer rows read twice and the fewer sums written. So
-    lines grow while there are five times the warps that an H100 holds, backward, where a line costs more, as many.
+    all 128 threads of a program, 64 backward, go along one channel, if it is long enough: so they read memory in its
+    order. The longer a line, the more rarely are the taps loaded, the fewer rows read twice and the fewer sums written.
+    So lines grow while there are five times the warps that an H100 holds, backward, where a line costs more, as many;
+    with time along the lanes only to 4 rounds, 8 backward. Measured on an H200: kernels/NOTES.md.
     """
     rounds = -(-steps // STEPS)
     lines = 1 if time_last else 2 if element_size == 8 else 4
     if time_last:
-        segments = min(128, next_power_of_2(rounds))
-        block = min(next_power_of_2(channels), 128 // segments)
+        threads, most = (64, 8) if backward else (128, 4)
+        segments = min(threads, next_power_of_2(rounds))
+        block = min(next_power_of_2(channels), threads // segments)
     else:
         block = min(next_power_of_2(channels), 32 * lines)
         segments = min(next_power_of_2(rounds), 128 * lines // block)
+        most = 32
     work = sequences * rounds * channels // (32 * lines)  # rounds of all warps together
     longest = next_power_of_2(-(-rounds // segments))
-    iterations = min(32, longest, next_power_of_2(max(1, work // (2048 if backward else 16384))))
+    iterations = min(most, longest, next_power_of_2(max(1, work // (2048 if backward else 16384))))
     return Tile(block, segments, iterations, warps=max(1, segments * block // (32 * lines)))
 
 
