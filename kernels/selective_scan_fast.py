@@ -154,12 +154,14 @@ def wait_for_kernel_before():
 
 
 @gluon.jit
-def piece_of(row, cu_seqlens, L, sequences, whole, head, piece_length, PACKED: gl.constexpr, SPLIT: gl.constexpr):
+def piece_of(
+    row, cu_seqlens, L, sequences, whole, heads, head, piece_length, PACKED: gl.constexpr, SPLIT: gl.constexpr
+):
     """Where a piece lies: its sequence, batch entry, that sequence's first step and the step after its last, the
     piece's own, and its number in the sequence, from zero. What is kept of a piece lies in row `row`.
 
-    The first `whole` sequences are not cut. The others have a first piece of `head` steps and more of piece_length.
-    The first pieces of all sequences come first, so that the longest start first.
+    The first `whole` sequences are not cut. The others have `heads` pieces of `head` steps and then more of
+    piece_length. The first pieces of all sequences come first, so that the longest start first.
 
     Documents have different lengths: the one that starts at step s of the packed row owns the rows from
     s // piece_length + its index on, all pieces alike. That is always enough, and some stay empty.
@@ -190,8 +192,13 @@ def piece_of(row, cu_seqlens, L, sequences, whole, head, piece_length, PACKED: g
         batch = sequence
         start = batch * 0
         stop = start + L
-    begin = start + gl.where(number > 0, head + (number - 1).to(gl.int64) * piece_length, 0)
-    length = gl.where(number > 0, piece_length, gl.where(row < whole, L, head))
+    if heads is None or not SPLIT:
+        begin = start + gl.where(number > 0, head + (number - 1).to(gl.int64) * piece_length, 0)
+        length = gl.where(number > 0, piece_length, gl.where(row < whole, L, head))
+    else:
+        longer = gl.minimum(number, heads)  # pieces before this one
+        begin = start + longer.to(gl.int64) * head + (number - longer).to(gl.int64) * piece_length
+        length = gl.where(number >= heads, piece_length, gl.where(row < whole, L, head))
     return sequence, batch, start, stop, begin, gl.minimum(begin + length, stop), number
 
 
@@ -229,7 +236,7 @@ def checkpoint_before(begin, sequence, start, L, EVERY: gl.constexpr, PACKED: gl
 def selective_scan_forward_kernel(
     u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens,
     y, final_state, checkpoints, piece_states, piece_steps,
-    L, channels, states, group_size, blocks_per_group, sequences, whole, head, piece_length,
+    L, channels, states, group_size, blocks_per_group, sequences, whole, heads, head, piece_length,
     u_b, u_t, u_d, delta_b, delta_t, delta_d, z_b, z_t, z_d,
     B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n,
     HAS_D: gl.constexpr, HAS_Z: gl.constexpr, HAS_BIAS: gl.constexpr, SOFTPLUS: gl.constexpr,
@@ -257,7 +264,7 @@ def selective_scan_forward_kernel(
     group = (block // blocks_per_group).to(gl.int64)
     first_channel = (block % blocks_per_group) * CHANNELS
     sequence, batch, start, stop, begin, end, number = piece_of(
-        row, cu_seqlens, L, sequences, whole, head, piece_length, PACKED, SPLIT
+        row, cu_seqlens, L, sequences, whole, heads, head, piece_length, PACKED, SPLIT
     )
     last = end >= stop
     if LOCAL:
@@ -457,7 +464,7 @@ def selective_scan_adjoint_kernel(
     group = (block // blocks_per_group).to(gl.int64)
     first_channel = (block % blocks_per_group) * CHANNELS
     _sequence, batch, _start, _stop, begin, end, number = piece_of(
-        row, cu_seqlens, L, sequences, whole, head, piece_length, PACKED, True
+        row, cu_seqlens, L, sequences, whole, None, head, piece_length, PACKED, True
     )
     if PACKED:
         end = gl.where(number == 0, begin, end)
@@ -558,7 +565,7 @@ def selective_scan_adjoint_kernel(
 @gluon.jit
 def chain_pieces_kernel(
     A, cu_seqlens, grad_final_state, piece_adjoints, piece_steps,
-    L, channels, states, sequences, whole, head, piece_length,
+    channels, states, sequences, whole, pieces, piece_length,
     PACKED: gl.constexpr, HAS_GRAD_FINAL_STATE: gl.constexpr, OVERLAP: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK of the channels * states numbers of one sequence, through its pieces from last to first."""
@@ -576,7 +583,7 @@ def chain_pieces_kernel(
         count = gl.maximum(gl.cdiv(length, piece_length), 1).to(gl.int32)
     else:
         first_row = sequence
-        count = gl.where(sequence < whole, 1, 1 + gl.cdiv(L - head, piece_length))
+        count = gl.where(sequence < whole, 1, pieces)
     A_row = gl.load(A + i, mask=mask, other=0.0) * LOG2_E
     p = gl.zeros([BLOCK], gl.float32, gl.BlockedLayout([4], [32], [4], [0]))
     if HAS_GRAD_FINAL_STATE:
@@ -661,7 +668,7 @@ def selective_scan_backward_kernel(
     group = (gl.program_id(0) % programs // programs_per_group).to(gl.int64)
     program = gl.program_id(0) % programs_per_group
     sequence, batch, start, _stop, begin, end, number = piece_of(
-        row, cu_seqlens, L, sequences, whole, head, piece_length, PACKED, SPLIT
+        row, cu_seqlens, L, sequences, whole, None, head, piece_length, PACKED, SPLIT
     )
     length = gl.maximum(end - begin, 0).to(gl.int32)
     checkpoint = checkpoint_before(begin, sequence, start, L, EVERY, PACKED)

@@ -75,9 +75,9 @@ def _forward_launches(kinds, device, delta_softplus, save):
     from minimamba.kernels.selective_scan_fast import selective_scan_forward_kernel
 
     u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens = _named(kinds)
-    cut = _Cut(u, A, B, cu_seqlens, *_machine(device), backward=False)
+    cut = _Cut(u, A, B, cu_seqlens, *_machine(device), backward=False, save=save)
     overlap = cut.split and _overlaps(device)
-    numbers = (*cut.numbers, *u.strides, *delta.strides, *_strides(z), *_map_strides(B), *_map_strides(C))
+    numbers = (*cut.forward, *u.strides, *delta.strides, *_strides(z), *_map_strides(B), *_map_strides(C))
     launches = [
         Launch(
             selective_scan_forward_kernel, (cut.sending if local else cut.rows) * cut.blocks, numbers, cut.tile.warps,
@@ -85,8 +85,8 @@ def _forward_launches(kinds, device, delta_softplus, save):
             registers=forward_registers(cut.tile, local, cut.split, save) if _capability(device) == (9, 0) else None,
             HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None,
             SOFTPLUS=delta_softplus, HAS_INITIAL_STATE=initial_state is not None, PACKED=cu_seqlens is not None,
-            SPLIT=cut.split, LOCAL=local, SAVE=save and not local, EVERY=EVERY, OVERLAP=overlap,
-            **cut.tile.constants(u),
+            SPLIT=cut.split, LOCAL=local, SAVE=save and not local, EVERY=EVERY,
+            OVERLAP=overlap and (cut.early or not local), **cut.tile.constants(u),
         )
         for local in ((True, False) if cut.split else (False,))
     ]  # fmt: skip
@@ -151,14 +151,14 @@ def _backward_launches(kinds, device, delta_softplus):
 
     u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, grad_y, grad_final_state = _named(kinds)
     machine = _machine(device)
-    cut = _Cut(u, A, B, cu_seqlens, *machine, backward=True)
+    cut = _Cut(u, A, B, cu_seqlens, *machine, backward=True, save=True)
     packed, final, overlap = cu_seqlens is not None, grad_final_state is not None, _overlaps(device)
     options = {
         "HAS_Z": z is not None, "HAS_BIAS": delta_bias is not None, "SOFTPLUS": delta_softplus, "PACKED": packed,
     }  # fmt: skip
     tile, _ = first_backward_tile(A.shape[1], cut.group_size, cut.sending * cut.groups, machine[0])
     blocks = -(-cut.group_size // tile.block)
-    length, channels, states, group_size, blocks_per_group, *pieces = cut.numbers
+    length, channels, states, group_size, blocks_per_group, *pieces = cut.backward
     adjoint = Launch(
         kernels.selective_scan_adjoint_kernel, cut.sending * cut.groups * blocks,
         (length, channels, states, group_size, blocks, *pieces,
@@ -167,8 +167,7 @@ def _backward_launches(kinds, device, delta_softplus):
     )  # fmt: skip
     chain = Launch(
         kernels.chain_pieces_kernel, cut.sequences * -(-channels * states // SUM_BLOCK),
-        (length, channels, states, *pieces), 4, early=overlap, PACKED=packed, HAS_GRAD_FINAL_STATE=final,
-        OVERLAP=overlap, BLOCK=SUM_BLOCK,
+        cut.chain, 4, early=overlap, PACKED=packed, HAS_GRAD_FINAL_STATE=final, OVERLAP=overlap, BLOCK=SUM_BLOCK,
     )  # fmt: skip
     programs = cut.programs_per_group
     main = Launch(
@@ -227,7 +226,7 @@ def _named(kinds):
 class _Cut:
     """Into what the work is cut: groups of channels, blocks of channels, pieces of sequences."""
 
-    def __init__(self, u, A, B, cu_seqlens, multiprocessors, shared_memory, backward):
+    def __init__(self, u, A, B, cu_seqlens, multiprocessors, shared_memory, backward, save):
         batch, length, channels = u.shape
         states = A.shape[1]
         self.sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -235,9 +234,10 @@ class _Cut:
         self.group_size = channels // self.groups
         packed = cu_seqlens is not None
         cut = plan(
-            batch, self.groups, length, self.group_size, states, backward, packed, multiprocessors, shared_memory
+            batch, self.groups, length, self.group_size, states, backward, packed, save, multiprocessors, shared_memory
         )
-        self.tile, self.programs_per_group, self.split = cut.tile, cut.programs, cut.whole < batch
+        self.tile, self.programs_per_group = cut.tile, cut.programs
+        self.split, self.early = cut.whole < batch, cut.early
         blocks_per_group = -(-self.group_size // self.tile.block)
         self.blocks = self.groups * blocks_per_group
         # Rows of what is kept for each piece, and how many of them send something on to another piece.
@@ -245,10 +245,13 @@ class _Cut:
             self.rows = length // cut.piece_length + self.sequences if self.split else self.sequences
             self.sending = self.rows
         else:
-            self.sending = (batch - cut.whole) * (cut.pieces(length) - 1)
+            self.sending = (batch - cut.whole) * (cut.pieces - 1)
             self.rows = batch + self.sending
         counts = (length, channels, states, self.group_size, blocks_per_group)
-        self.numbers = (*counts, self.sequences, cut.whole, cut.head, cut.piece_length)
+        # What finds a piece, forward and backward, and what is enough where only their number counts.
+        self.forward = (*counts, self.sequences, cut.whole, cut.heads, cut.head, cut.piece_length)
+        self.backward = (*counts, self.sequences, cut.whole, cut.head, cut.piece_length)
+        self.chain = (channels, states, self.sequences, cut.whole, cut.pieces, cut.piece_length)
         # Room for a state and a sum of steps of each piece.
         self.rooms = _aligned(self.rows * channels * states, self.rows * channels)
 

@@ -9,8 +9,10 @@ from minimamba.fused_scan import programs_per_group
 from minimamba.triton_scan import next_power_of_2
 
 EVERY = 64  # steps between checkpoints
-FORWARD_START, BACKWARD_START = 32, 20  # steps that would take as long as a program takes to start
+FORWARD_START, BACKWARD_START = 26, 20  # steps that would take as long as a program takes to start
 MORE_KERNELS = 40  # the same of two more kernels, which take the host longer than the GPU
+LATE = 24  # of a forward kernel that does not start while the one before goes on
+SHORT_LAST = 0.945  # of the time that equal pieces take, where the last are short
 MOST_PIECES = 64  # more would start more than they save
 
 
@@ -37,52 +39,88 @@ class Tile(NamedTuple):
 class Plan(NamedTuple):
     """A tile; programs that share the channels of a group; how sequences are cut.
 
-    The first `whole` of them are not. The others have a first piece of `head` steps, and more of `piece_length`.
+    The first `whole` of them are not. The others have `pieces`: `heads` of `head` steps, then more of `piece_length`.
+    `early` says whether the forward pass's second kernel is to start where there is room while the first one goes on.
     """
 
     tile: Tile
     programs: int
     whole: int
+    pieces: int
+    heads: int
     head: int
     piece_length: int
-
-    def pieces(self, length):
-        """Pieces of a sequence that is cut."""
-        return 1 + -(-(length - self.head) // self.piece_length)
+    early: bool = True
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(batch, groups, length, group_size, states, backward, packed, multiprocessors, shared_memory):
+def plan(batch, groups, length, group_size, states, backward, packed, save, multiprocessors, shared_memory):
     """Choose the tile, how sequences are cut into pieces, and how many programs share a group's channels.
 
     A thread has 8 numbers to update at each step, so that they hide each other's latency, backward with up to 4 states
     fewer: as many states as fit one load. The time of a plan is that of the busiest multiprocessor, in steps, some more
     for each start, and where there are pieces a first kernel. Constants measured on an H100 and an H200:
-    kernels/NOTES.md. A packed row is cut as one sequence would be: how long its documents are is not known here.
+    kernels/NOTES.md. How long the documents of a packed row are is not known here. Pieces begin at a checkpoint where
+    states are kept, for which `save` stands, and backward.
     """
     if backward:
         return backward_plan(batch, groups, length, group_size, states, packed, multiprocessors, shared_memory)
-    return forward_plan(batch, groups, length, group_size, states, multiprocessors)
+    return forward_plan(batch, groups, length, group_size, states, packed, save, multiprocessors)
 
 
-def forward_plan(batch, groups, length, group_size, states, multiprocessors):
-    """Weigh two tiles, and cuts into equal pieces. Every block of channels is a program."""
+def forward_plan(batch, groups, length, group_size, states, packed, save, multiprocessors):
+    """Weigh two tiles, and cuts into equal pieces or into long and short ones. Each block of channels is a program."""
     best_time, best = math.inf, None
     for tile, cost in forward_tiles(states).items():
         tile = fit(tile, group_size)
         blocks = -(-group_size // tile.block)
-        for pieces in range(1, MOST_PIECES + 1):
-            split = pieces > 1
-            steps = up_to_checkpoint(length / pieces) if split else length
-            if split and steps >= length:
-                break
-            busiest = -(-batch * groups * blocks * -(-length // steps) // multiprocessors)
-            # Alone on a multiprocessor a program leaves it idle now and then, of the first kernel even two.
-            load = max(1.15, busiest) + (0.7 * max(2.2, busiest) if split else 0)
-            time = cost * load * (steps + FORWARD_START)
+        each = batch * groups * blocks  # programs that start with the same piece
+        every = EVERY if save else tile.steps
+        # Documents end in the middle of pieces: with many and short ones that matters little, whatever the documents.
+        counts = (1, min(MOST_PIECES, -(-8 * multiprocessors // each))) if packed else range(1, MOST_PIECES + 1)
+        # Of three programs on a multiprocessor the last to come is the slowest, and goes on alone when the others have
+        # ended. So it gets less to do, where the first two are long ones on nearly all. Programs that start while a
+        # first kernel goes on are not spread evenly: three long ones might meet, unless they are two for each.
+        heads = 2 * multiprocessors // each
+        uneven = cost == 1 and tile.warps == 4 and not packed and heads * each > 1.9 * multiprocessors
+        early = heads * each == 2 * multiprocessors
+        for pieces in counts:
+            steps = round_up(length / pieces, every) if pieces > 1 else length
+            pieces = -(-length // steps)
+            cut = Plan(tile, blocks, batch if pieces == 1 else 0, pieces, 1, steps, steps)
+            time = cost * forward_load(cost, pieces, each, multiprocessors) * (steps + FORWARD_START)
+            three = uneven and 2 * multiprocessors < pieces * each < 3 * multiprocessors
+            if three and (lengths := long_and_short(length, pieces, heads, every)):
+                cut = Plan(tile, blocks, 0, pieces, heads, *lengths, early)
+                time = SHORT_LAST * time + (0 if early else LATE)
             if time < best_time:
-                best_time, best = time, Plan(tile, blocks, 0 if split else batch, steps, steps)
+                best_time, best = time, cut
     return best
+
+
+def forward_load(cost, pieces, each, multiprocessors):
+    """How many programs' time the busiest multiprocessor takes, `each` of them for a piece of all sequences.
+
+    Alone on a multiprocessor a program leaves it idle now and then, of the first kernel even two, the more the narrower
+    its tile. Of the narrow tile some multiprocessors get four where others get two.
+    """
+    alone, first_alone = (1.23, 2.2) if cost == 1 else (1.44, 3)
+    load = max(alone, -(-pieces * each // multiprocessors))
+    if pieces == 1:
+        return load
+    return load + (cost < 1 and load == 3) + 0.7 * max(first_alone, -(-(pieces - 1) * each // multiprocessors))
+
+
+def long_and_short(length, pieces, heads, every):
+    """Steps of the first `heads` pieces and of the others, some half as long; None where rounding does not allow it."""
+    shorts = pieces - heads
+    half = length / (2 * heads + shorts)
+    nearest = every * round(half / every)
+    for short in sorted((nearest - every, nearest, nearest + every), key=lambda steps: abs(steps - half)):
+        long = round_up((length - shorts * short) / heads, every)
+        if 0 < short <= 0.75 * long and heads * long + (shorts - 1) * short < length:
+            return long, short
+    return None
 
 
 def backward_plan(batch, groups, length, group_size, states, packed, multiprocessors, shared_memory):
@@ -104,8 +142,9 @@ def backward_plan(batch, groups, length, group_size, states, packed, multiproces
             if cost < 1:  # half a tile sums over half the channels: with pieces as well that is too much memory
                 ways = [(batch, length, length)]
             for whole, head, steps in ways:
-                cut = Plan(tile, programs, whole, head, steps)
-                tails = (batch - whole) * (cut.pieces(length) - 1)
+                pieces = 1 + -(-(length - head) // steps)
+                cut = Plan(tile, programs, whole, pieces, 1, head, steps)
+                tails = (batch - whole) * (pieces - 1)
                 jobs = ((whole, length), (batch - whole, head), (tails, steps))
                 jobs = [(n * each, cost * rounds * (t + BACKWARD_START)) for n, t in jobs]
                 time = last_end(jobs, multiprocessors)
@@ -152,7 +191,7 @@ def cuts(batch, programs, length, packed, multiprocessors):
             if firsts < multiprocessors and not packed:
                 longer.add(-(-firsts * tails // (multiprocessors - firsts)))
             for times in longer:
-                steps = up_to_checkpoint(length / (times + tails))
+                steps = round_up(length / (times + tails), EVERY)
                 if times * steps < length:
                     yield whole, times * steps, steps
 
@@ -176,8 +215,8 @@ def last_end(jobs, multiprocessors):
     return max(free)[0]
 
 
-def up_to_checkpoint(steps):
-    return math.ceil(steps / EVERY) * EVERY
+def round_up(steps, every):
+    return every * math.ceil(steps / every)
 
 
 def first_backward_tile(states, group_size, pieces, multiprocessors):
@@ -226,21 +265,19 @@ def backward_tiles(states, warps):
 
 
 def forward_registers(tile, local, split, save):
-    """The most registers a thread of a forward kernel may have on compute capability 9.0; None where it is no matter.
+    """The most registers a thread of a forward kernel may have on compute capability 9.0; None: as many as it likes.
 
     An exponential keeps its unit busy for eight clocks, in which others could be issued. The compiler either spreads
-    the exponentials among other instructions, or has some in a row and waits for them, which takes a tenth longer;
-    which of both turns on trifles. With these limits it spreads them, in Triton 3.6 and 3.7 and for a layer's usual
-    arguments (kernels/NOTES.md).
+    the exponentials among other instructions, or has some in a row and waits for them, which takes a tenth longer:
+    trifles decide. With these it spreads them in Triton 3.6 and 3.7, for a layer's usual arguments (kernels/NOTES.md).
     """
-    lanes, states, channels = tile[1:4]
-    if (lanes, states, channels) == (4, 4, 2):
-        if local:
-            return 88
-        return (158 if save else 168) if split else (160 if save else 154)
-    if (lanes, states, channels) == (8, 2, 2):
-        return 72 if local else 128
-    return None
+    if tile[1:4] not in ((4, 4, 2), (8, 2, 2)):
+        return None
+    if local:
+        return 88
+    if tile.lanes == 8:
+        return 128
+    return (154 if save else 150) if split else (160 if save else 154)
 
 
 def half(tile, cost):

@@ -50,34 +50,56 @@ def fast(kernels, monkeypatch):
 
 def check(problem, tolerance=3e-6):
     """Against the oracle, up to what rounding the arguments to float32 would change, much where terms cancel."""
-    y, state = problem.run(selective_scan, method="triton")
-    expected_y, expected_state = problem.expected()
-    assert relative_error(y, expected_y) < tolerance
-    assert relative_error(state, expected_state) < tolerance
     exact = problem.to(torch.float64)
     torch.manual_seed(0)
     rounded = {k: x if x is None else x * (1 + 2**-23 * torch.randn_like(x)) for k, x in exact.tensors.items()}
-    expected, moved = (p.gradients(selective_scan, method="cpu") for p in (exact, replace(exact, tensors=rounded)))
-    for name, gradient in problem.gradients(selective_scan, method="triton").items():
-        assert gradient.shape == expected[name].shape
+    rounded = replace(exact, tensors=rounded)
+    results = dict(zip(("y", "state"), problem.run(selective_scan, method="triton"), strict=True))
+    expected, moved = (dict(zip(results, p.expected(), strict=True)) for p in (exact, rounded))
+    results |= problem.gradients(selective_scan, method="triton")
+    expected |= exact.gradients(selective_scan, method="cpu")
+    moved |= rounded.gradients(selective_scan, method="cpu")
+    for name, result in results.items():
+        assert result.shape == expected[name].shape
         bound = tolerance + 4 * relative_error(moved[name], expected[name])
-        assert relative_error(gradient, expected[name]) < bound, name
+        assert relative_error(result, expected[name]) < bound, name
 
 
 @contextmanager
-def cut_backward(whole, head):
-    """Have the backward pass leave the first `whole` sequences whole and cut the others: `head` steps, then 64 each."""
+def another_plan(change):
+    """Have `change(chosen, length, backward, save)` replace what the rule chose."""
     real = fast_scan.plan
 
-    def plan(*arguments):
-        chosen, backward = real(*arguments), arguments[5]
-        return chosen._replace(whole=whole, head=head, piece_length=64) if backward else chosen
+    def plan(batch, groups, length, group_size, states, backward, packed, save, *machine):
+        chosen = real(batch, groups, length, group_size, states, backward, packed, save, *machine)
+        return change(chosen, length, backward, save)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fast_scan, "plan", plan)
         forget_plans()
         yield
     forget_plans()
+
+
+def cut_backward(whole, head):
+    """Have the backward pass leave the first `whole` sequences whole and cut the others: `head` steps, then 64 each."""
+
+    def change(chosen, length, backward, save):
+        cut = {"whole": whole, "pieces": 1 + -(-(length - head) // 64), "head": head, "piece_length": 64}
+        return chosen._replace(**cut) if backward else chosen
+
+    return another_plan(change)
+
+
+def cut_forward(early):
+    """Have the forward pass cut sequences into two long pieces and more that are short."""
+
+    def change(chosen, length, backward, save):
+        long, short = (128, 64) if save else (96, 32)  # where states are kept, multiples of 64
+        cut = {"whole": 0, "pieces": 2 + -(-(length - 2 * long) // short), "heads": 2, "head": long}
+        return chosen if backward else chosen._replace(**cut, piece_length=short, early=early)
+
+    return another_plan(change)
 
 
 @contextmanager
@@ -133,6 +155,12 @@ def test_channels_and_states_around_a_tile(fast, channels, states):
     check(make(batch=1, length=20, channels=channels, states=states, layout="poisoned").to(torch.float32))
 
 
+@pytest.mark.parametrize("early", [True, False])
+def test_long_and_short_pieces(fast, early):
+    with cut_forward(early):
+        check(make(batch=2, length=300, channels=2, states=3, layout="poisoned").to(torch.float32))
+
+
 @pytest.mark.parametrize(("whole", "head", "flag"), [(0, 128, True), (1, 64, False)])
 def test_whole_sequences_and_longer_first_pieces(fast, whole, head, flag):
     problem = make(batch=2, length=150, channels=2, states=3, initial_state=flag, z=flag, layout="poisoned")
@@ -148,7 +176,7 @@ def test_documents_of_every_length_in_pieces(fast):
     cut, _ = fast_scan._forward_launches(
         fast_scan._kinds(*(problem.tensors[n] for n in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")),
                          None, borders),
-        torch.device("cpu"), True, False,
+        torch.device("cpu"), True, True,
     )  # fmt: skip
     assert cut.split and cut.rows == 300 // 64 + 5
     check(problem.to(torch.float32))
@@ -193,26 +221,31 @@ def test_precision_of_tiny_and_huge_steps(fast):
 
 @given(
     st.integers(1, 64), st.integers(1, 3), st.integers(1, 2**20), st.integers(1, 6000), st.integers(1, 256),
-    st.booleans(), st.booleans(),
+    st.booleans(), st.booleans(), st.booleans(),
 )  # fmt: skip
-def test_a_plan_covers_everything(batch, groups, length, group_size, states, backward, packed):
+def test_a_plan_covers_everything(batch, groups, length, group_size, states, backward, packed, save):
     batch = 1 if packed else batch
-    chosen = fast_scan.plan(batch, groups, length, group_size, states, backward, packed, *H100)
-    tile, programs, whole, head, steps = chosen
+    chosen = fast_scan.plan(batch, groups, length, group_size, states, backward, packed, save, *H100)
+    tile, programs, whole, pieces, heads, head, steps, early = chosen
     assert 1 <= programs <= -(-group_size // tile.block)
     assert tile.lanes * tile.states >= states and tile.lanes * tile.states < max(2 * states, 5)
     assert 32 * tile.warps == max(32, tile.lanes) or tile.block < 2 * group_size
     assert tile.block <= 512
     if whole < batch:
-        assert whole >= 0 and steps % fast_scan.EVERY == head % fast_scan.EVERY == 0
-        assert 0 < steps <= head < length and ((head == steps and whole == 0) or (backward and not packed))
-        assert head + (chosen.pieces(length) - 2) * steps < length <= head + (chosen.pieces(length) - 1) * steps
+        every = fast_scan.EVERY if backward or save else tile.steps
+        assert whole >= 0 and steps % every == head % every == 0
+        assert 0 < steps <= head < length and 1 <= heads < pieces
+        assert backward or whole == 0
+        assert not packed or (head == steps and whole == 0)
+        assert heads == 1 or (not backward and steps < head)
+        assert heads * head + (pieces - heads - 1) * steps < length <= heads * head + (pieces - heads) * steps
     else:
-        assert (whole, head, steps) == (batch, length, length)
+        assert (whole, pieces, heads, head, steps) == (batch, 1, 1, length, length)
+    assert early or heads > 1
 
 
 def test_few_channels_are_cut_into_pieces_and_many_are_not():
-    cut = lambda batch, *sizes: fast_scan.plan(batch, *sizes, False, *H100).whole < batch
+    cut = lambda batch, *sizes: fast_scan.plan(batch, *sizes, False, True, *H100).whole < batch
     assert cut(1, 1, 2**16, 1536, 16, False)
     assert not cut(8, 1, 2048, 2048, 16, False)
     assert not cut(8, 1, 2048, 2048, 16, True)
@@ -223,19 +256,28 @@ def test_cuts_fill_the_machine():
 
     160 programs: three sequences whole, the fourth in four pieces, which all can take once the whole ones are done.
     """
-    assert fast_scan.plan(8, 1, 2048, 1536, 16, True, False, *H100)[1:] == (12, 0, 1536, 512)
-    assert fast_scan.plan(4, 1, 4096, 5120, 16, True, False, *H100)[1:] == (40, 3, 1024, 1024)
+    assert fast_scan.plan(8, 1, 2048, 1536, 16, True, False, True, *H100)[1:-1] == (12, 0, 2, 1, 1536, 512)
+    assert fast_scan.plan(4, 1, 4096, 5120, 16, True, False, True, *H100)[1:-1] == (40, 3, 4, 1, 1024, 1024)
+
+
+def test_of_three_programs_on_a_multiprocessor_the_last_gets_less_to_do():
+    """24 programs a piece: 11 long pieces are two programs for each of 132. 32 a piece: 8 are fewer, so not early."""
+    plan = lambda length, channels, save: fast_scan.plan(1, 1, length, channels, 16, False, False, save, *H100)[2:]
+    assert plan(16384, 1536, False) == (0, 16, 11, 1216, 608, True)
+    assert plan(2048, 1536, False) == (0, 16, 11, 160, 64, True)
+    assert plan(2048, 1536, True) == (0, 11, 1, 192, 192, True)  # multiples of 64 leave nothing to choose
+    assert plan(16384, 2048, True) == (0, 12, 8, 1664, 832, False)
 
 
 def test_a_short_sequence_is_left_whole():
     """Two launches instead of four, and half a tile fills as many multiprocessors as two pieces would."""
-    tile, programs, *cut = fast_scan.plan(1, 1, 128, 2048, 16, True, False, *H100)
-    assert (tile, programs, cut) == (scan_plan.Tile(4, 8, 2, 2, 8), 32, [1, 128, 128])
+    tile, programs, whole, pieces, *_ = fast_scan.plan(1, 1, 128, 2048, 16, True, False, True, *H100)
+    assert (tile, programs, whole, pieces) == (scan_plan.Tile(4, 8, 2, 2, 8), 32, 1, 1)
 
 
 def test_a_plan_for_many_sequences_takes_no_time():
     start = time.perf_counter()
-    scan_plan.plan.__wrapped__(842_623, 2, 851, 4, 8, True, False, 28, 166_912)
+    scan_plan.plan.__wrapped__(842_623, 2, 851, 4, 8, True, False, True, 28, 166_912)
     assert time.perf_counter() - start < 0.3
 
 
@@ -285,14 +327,16 @@ def test_kernels_compile_for_a_gpu(kernels, capability):
         names = getattr(kernels, name).arg_names
         constants = {n for n in names if n.isupper() and len(n) > 1} | {"T", "G", "K", "c", "W"}
         for half, flag, states in (("bf16", True, 16), ("fp32", False, 200)):
-            tile = fast_scan.plan(1, 1, 1000, 512, states, backward, False, 132, shared)[0]
+            tile = fast_scan.plan(1, 1, 1000, 512, states, backward, False, True, 132, shared)[0]
             values = dict(zip("TGKcW", tile, strict=True)) | {"EVERY": 64, "BLOCK": 512, "LOCAL": False}
             values = {n: values.get(n, flag) for n in names if n in constants}
             if "OVERLAP" in values:
                 values["OVERLAP"] = capability >= 90
             types = signature([n for n in names if n not in values], half, "fp32")
             types |= {
-                n: "i32" for n in types if n in ("sequences", "whole", "head", "piece_length", "pieces", "programs")
+                n: "i32"
+                for n in types
+                if n in ("sequences", "whole", "heads", "head", "piece_length", "pieces", "programs")
             }
             types |= {n: "i32" for n in types if n.endswith("_size")}
             job = {"kernel": (NAME, name), "signature": types, "constants": values, "capability": capability}
@@ -305,28 +349,36 @@ def test_kernels_compile_for_a_gpu(kernels, capability):
 
 
 @pytest.mark.parametrize(
-    ("sequences", "length", "channels", "lanes", "split"),
-    [(1, 2048, 2048, 4, True), (8, 2048, 2048, 4, False), (1, 256, 768, 8, True), (8, 2048, 1536, 8, False)],
-)
-def test_exponentials_are_spread_over_the_loop(kernels, sequences, length, channels, lanes, split):
+    ("sequences", "length", "channels", "lanes", "pieces", "initial"),
+    [
+        (1, 1024, 2048, 4, "equal", False), (1, 2048, 1536, 4, "early", False), (1, 16384, 2048, 4, "late", True),
+        (8, 2048, 2048, 4, "", False), (1, 256, 768, 8, "equal", False), (8, 2048, 1536, 8, "", False),
+    ],
+)  # fmt: skip
+def test_exponentials_are_spread_over_the_loop(kernels, sequences, length, channels, lanes, pieces, initial):
     """Else scan_plan.forward_registers needs other limits for this Triton: the message lists what there is.
 
     What matters is the order that the compiler gives the same instructions, for a layer's usual arguments.
     """
     names = kernels.selective_scan_forward_kernel.arg_names
-    cut = fast_scan.plan(sequences, 1, length, channels, 16, False, False, 132, 232_448)
-    assert (cut.tile.lanes, cut.whole < sequences) == (lanes, split)  # each tile, in pieces and whole
+    cut = fast_scan.plan(sequences, 1, length, channels, 16, False, False, False, *H100)
+    split = cut.pieces > 1
+    found = "" if not split else "late" if not cut.early else "early" if cut.heads > 1 else "equal"
+    assert (cut.tile.lanes, found) == (lanes, pieces)
     jobs = []
     for local, save in ((True, False),) * split + ((False, False), (False, True)):
-        flags = {"HAS_D": True, "HAS_Z": True, "HAS_BIAS": True, "SOFTPLUS": True, "SPLIT": split, "OVERLAP": split}
+        flags = {"HAS_D": True, "HAS_Z": True, "HAS_BIAS": True, "SOFTPLUS": True, "SPLIT": split, "LOCAL": local}
+        flags |= {"OVERLAP": split and (cut.early or not local), "HAS_INITIAL_STATE": initial, "SAVE": save}
         values = dict.fromkeys([n for n in names if n.isupper() and len(n) > 1], False) | flags
-        values |= {"LOCAL": local, "SAVE": save, "EVERY": 64} | dict(zip("TGKcW", cut.tile, strict=True))
-        values |= dict.fromkeys(["initial_state", "cu_seqlens"] + ["piece_states", "piece_steps"] * (not split))
-        values |= dict.fromkeys([n for n in names if n[-2:] in ("_d", "_n")] + ["sequences"] * split, 1)
+        values |= {"EVERY": 64} | dict(zip("TGKcW", cut.tile, strict=True))
+        values |= dict.fromkeys(["cu_seqlens"] + ["initial_state"] * (not initial))
+        values |= dict.fromkeys(["piece_states", "piece_steps"] * (not split))
+        values |= dict.fromkeys([n for n in names if n[-2:] in ("_d", "_n")], 1)
+        values |= dict.fromkeys(["sequences"] * split + ["heads"] * (cut.heads == 1), 1)
         types = {n: "i32:16" for n in names if n not in values}
-        types |= {n: "i32" for n in types if n in ["blocks_per_group"] + ["sequences", "whole"] * (not split)}
+        types |= {n: "i32" for n in types if n in ["blocks_per_group", "heads"] + ["sequences", "whole"] * (not split)}
         types |= {n: "*bf16:16" for n in types if n in ("u", "delta", "B", "C", "z", "y")}
-        floats = ("A", "D", "delta_bias", "final_state", "checkpoints", "piece_states", "piece_steps")
+        floats = ("A", "D", "delta_bias", "initial_state", "final_state", "checkpoints", "piece_states", "piece_steps")
         types |= {n: "*fp32:16" for n in types if n in floats}
         registers = scan_plan.forward_registers(cut.tile, local, split, save)
         jobs.append({"kernel": (NAME, "selective_scan_forward_kernel"), "signature": types, "constants": values})
@@ -351,11 +403,11 @@ def in_a_row(made):
 def test_few_and_many_states_fit_small_shared_memory(kernels, states):
     """An RTX 3090 or 4090 has 99 KB for a program, where an A100 has 163."""
     names = kernels.selective_scan_backward_kernel.arg_names
-    tile = fast_scan.plan(1, 1, 1000, 512, states, True, False, 84, 101_376)[0]
+    tile = fast_scan.plan(1, 1, 1000, 512, states, True, False, True, 84, 101_376)[0]
     values = dict(zip("TGKcW", tile, strict=True)) | {"EVERY": 64}
     values |= {n: n != "OVERLAP" for n in names if n.isupper() and len(n) > 1 and n not in values}
     types = signature([n for n in names if n not in values], "bf16", "fp32")
-    types |= {n: "i32" for n in types if n in ("sequences", "whole", "head", "piece_length", "batch_size")}
+    types |= {n: "i32" for n in types if n in ("sequences", "whole", "heads", "head", "piece_length", "batch_size")}
     made = triton_scan.compile_kernel(
         (NAME, "selective_scan_backward_kernel"), types, values, capability=80, num_warps=tile.warps
     )
@@ -397,3 +449,10 @@ def test_uneven_cuts_on_a_device(whole, head):
         check(problem, 1e-5)
         one, other = (problem.gradients(selective_scan, method="triton") for _ in range(2))
     assert all(torch.equal(gradient, other[name]) for name, gradient in one.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("early", [True, False])
+def test_long_and_short_pieces_on_a_device(early):
+    with cut_forward(early):
+        check(make(batch=2, length=500, channels=270, states=16).to(torch.float32, "cuda"), 1e-5)
