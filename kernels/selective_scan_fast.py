@@ -160,8 +160,8 @@ def piece_of(
     """Where a piece lies: its sequence, batch entry, that sequence's first step and the step after its last, the
     piece's own, and its number in the sequence, from zero. What is kept of a piece lies in row `row`.
 
-    The first `whole` sequences are not cut. The others have `heads` pieces of `head` steps and then more of
-    piece_length. The first pieces of all sequences come first, so that the longest start first.
+    The first `whole` sequences are not cut. The others have `heads` pieces of `head` steps (None: one) and then more of
+    piece_length. All first pieces come first, then all second ones: so the long ones start before the short.
 
     Documents have different lengths: the one that starts at step s of the packed row owns the rows from
     s // piece_length + its index on, all pieces alike. That is always enough, and some stay empty.

@@ -10,9 +10,9 @@ from minimamba.triton_scan import next_power_of_2
 
 EVERY = 64  # steps between checkpoints
 FORWARD_START, BACKWARD_START = 26, 20  # steps that would take as long as a program takes to start
-MORE_KERNELS = 40  # the same of two more kernels, which take the host longer than the GPU
-LATE = 24  # of a forward kernel that does not start while the one before goes on
-SHORT_LAST = 0.945  # of the time that equal pieces take, where the last are short
+MORE_KERNELS = 40  # steps that two more kernels cost, which take the host longer than the GPU
+LATE = 24  # steps, some 1.3 µs, that a late start of the forward pass's second kernel costs
+SHORT_LAST = 0.945  # of the time of equal pieces, where the last are short
 MOST_PIECES = 64  # more would start more than they save
 
 
@@ -40,7 +40,7 @@ class Plan(NamedTuple):
     """A tile; programs that share the channels of a group; how sequences are cut.
 
     The first `whole` of them are not. The others have `pieces`: `heads` of `head` steps, then more of `piece_length`.
-    `early` says whether the forward pass's second kernel is to start where there is room while the first one goes on.
+    `early` says whether the forward pass's second kernel may start where there is room while the first one goes on.
     """
 
     tile: Tile
@@ -57,11 +57,11 @@ class Plan(NamedTuple):
 def plan(batch, groups, length, group_size, states, backward, packed, save, multiprocessors, shared_memory):
     """Choose the tile, how sequences are cut into pieces, and how many programs share a group's channels.
 
-    A thread has 8 numbers to update at each step, so that they hide each other's latency, backward with up to 4 states
-    fewer: as many states as fit one load. The time of a plan is that of the busiest multiprocessor, in steps, some more
-    for each start, and where there are pieces a first kernel. Constants measured on an H100 and an H200:
-    kernels/NOTES.md. How long the documents of a packed row are is not known here. Pieces begin at a checkpoint where
-    states are kept, for which `save` stands, and backward.
+    A thread has 8 numbers to update at each step, so that they hide each other's latency, in the narrow tile and
+    backward with up to 4 states fewer: as many states as fit one load. The time of a plan is that of the busiest
+    multiprocessor, in steps, some more for each start, and where there are pieces a first kernel. Constants measured on
+    an H100 and an H200 (kernels/NOTES.md). How long the documents of a packed row are is not known here. Pieces begin
+    at a checkpoint where states are kept, for which `save` stands, and backward.
     """
     if backward:
         return backward_plan(batch, groups, length, group_size, states, packed, multiprocessors, shared_memory)
@@ -69,14 +69,14 @@ def plan(batch, groups, length, group_size, states, backward, packed, save, mult
 
 
 def forward_plan(batch, groups, length, group_size, states, packed, save, multiprocessors):
-    """Weigh two tiles, and cuts into equal pieces or into long and short ones. Each block of channels is a program."""
+    """Weigh two tiles, and cuts into equal pieces and into long and short ones. Each block of channels is a program."""
     best_time, best = math.inf, None
     for tile, cost in forward_tiles(states).items():
         tile = fit(tile, group_size)
         blocks = -(-group_size // tile.block)
         each = batch * groups * blocks  # programs that start with the same piece
         every = EVERY if save else tile.steps
-        # Documents end in the middle of pieces: with many and short ones that matters little, whatever the documents.
+        # Documents end in the middle of pieces: many short ones are never very bad, whatever the documents.
         counts = (1, min(MOST_PIECES, -(-8 * multiprocessors // each))) if packed else range(1, MOST_PIECES + 1)
         # Of three programs on a multiprocessor the last to come is the slowest, and goes on alone when the others have
         # ended. So it gets less to do, where the first two are long ones on nearly all. Programs that start while a
@@ -90,19 +90,19 @@ def forward_plan(batch, groups, length, group_size, states, packed, save, multip
             cut = Plan(tile, blocks, batch if pieces == 1 else 0, pieces, 1, steps, steps)
             time = cost * forward_load(cost, pieces, each, multiprocessors) * (steps + FORWARD_START)
             three = uneven and 2 * multiprocessors < pieces * each < 3 * multiprocessors
-            if three and (lengths := long_and_short(length, pieces, heads, every)):
-                cut = Plan(tile, blocks, 0, pieces, heads, *lengths, early)
-                time = SHORT_LAST * time + (0 if early else LATE)
+            uneven_time = SHORT_LAST * time + (0 if early else LATE)
+            if three and uneven_time < time and (lengths := long_and_short(length, pieces, heads, every)):
+                cut, time = Plan(tile, blocks, 0, pieces, heads, *lengths, early), uneven_time
             if time < best_time:
                 best_time, best = time, cut
     return best
 
 
 def forward_load(cost, pieces, each, multiprocessors):
-    """How many programs' time the busiest multiprocessor takes, `each` of them for a piece of all sequences.
+    """The load of the busiest multiprocessor, in programs. Each piece of all sequences makes `each` programs.
 
-    Alone on a multiprocessor a program leaves it idle now and then, of the first kernel even two, the more the narrower
-    its tile. Of the narrow tile some multiprocessors get four where others get two.
+    A program alone counts for more than one, since nothing fills its waits, in the first kernel even two of them. In
+    pieces, three of the narrow tile count as four, since some multiprocessors get four and others two.
     """
     alone, first_alone = (1.23, 2.2) if cost == 1 else (1.44, 3)
     load = max(alone, -(-pieces * each // multiprocessors))
@@ -112,7 +112,7 @@ def forward_load(cost, pieces, each, multiprocessors):
 
 
 def long_and_short(length, pieces, heads, every):
-    """Steps of the first `heads` pieces and of the others, some half as long; None where rounding does not allow it."""
+    """Steps of the first `heads` pieces and of the others, about half as long; None where rounding forbids it."""
     shorts = pieces - heads
     half = length / (2 * heads + shorts)
     nearest = every * round(half / every)
@@ -124,10 +124,11 @@ def long_and_short(length, pieces, heads, every):
 
 
 def backward_plan(batch, groups, length, group_size, states, packed, multiprocessors, shared_memory):
-    """Weigh cuts, equal ones and others, one or two blocks of channels a program, and for whole sequences half a tile.
+    """Weigh cuts, equal ones and others, and for whole sequences half a tile.
 
-    8 warps, 4 or 2 where shared memory is small, sum dB and dC over as many channels as possible, since each program's
-    sums go through memory: those of a group take together at most as much as du does in float32.
+    A program has as few blocks of channels as memory allows, or twice as many: its sums of dB and dC go through memory,
+    and those of a group take together at most as much as du does in float32. So 8 warps, 4 or 2 where shared memory is
+    small, sum over as many channels as possible. A plan must be 1 % better than those before.
     """
     warps = 8 if shared_memory >= 200_000 else 4 if shared_memory >= 120_000 or 4 < states <= 128 else 2
     best_time, best = math.inf, None
@@ -168,18 +169,15 @@ def memory(programs, pieces, length):
 
 
 def official_memory(length, states):
-    """The same of the official kernel in half precision: y before the gate, and two numbers every 2048 steps.
-
-    And some for what is not counted.
-    """
+    """The same of the official kernel in half precision: y before the gate, two numbers every 2048 steps, and some."""
     return 2 / states + 8 * -(-length // 2048) / length + 0.0075
 
 
 def cuts(batch, programs, length, packed, multiprocessors):
     """Yield what is worth weighing as (whole, head, steps of a piece), `programs` being those of a sequence.
 
-    Either all sequences are cut or those that do not fill the machine. First pieces are longer where there are fewer
-    than multiprocessors, so that these have as much to do as those to which several of the other pieces go.
+    No sequence is cut, or all, or those left after full rounds. First pieces may be longer where they are fewer than
+    the multiprocessors, so that these have as much to do as those to which several of the other pieces go.
     """
     yield batch, length, length
     rounds = batch * programs // multiprocessors
@@ -232,7 +230,7 @@ def first_backward_tile(states, group_size, pieces, multiprocessors):
 def first_backward_tiles(states, group_size):
     """What there is to choose from, as (tile, cost, blocks of channels): the forward pass's, since no states are kept.
 
-    For few states, whose channels are too few to keep the memory busy, one half as wide.
+    For few states one half as wide, since the wide tile's many channels leave too few programs.
     """
     tiles = forward_tiles(states)
     if states <= 4:
@@ -254,8 +252,8 @@ def forward_tiles(states):
 def backward_tiles(states, warps):
     """The same of the backward pass.
 
-    With up to four states a thread holds all of a channel, and what it does once for each step and channel counts. So
-    there are no more of them than registers hold, and no state is padded.
+    With up to four states a thread holds all of a channel, and what it does once for each step and channel counts. So a
+    thread has one or two channels, and only three states are padded, to four.
     """
     tile = wide(states, 4, warps)
     if states <= 4:
@@ -288,7 +286,7 @@ def half(tile, cost):
 def wide(states, steps, warps):
     """The tile whose threads have 8 numbers each: as many states as one load brings, of several channels.
 
-    One or two states are padded to four. The lanes of a channel may belong to several warps.
+    Up to three states are padded to four. The lanes of a channel may belong to several warps.
     """
     return Tile(steps, max(4, next_power_of_2(states)) // 4, 4, 2, warps)
 
