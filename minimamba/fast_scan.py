@@ -77,12 +77,17 @@ def _forward_launches(kinds, device, delta_softplus, save):
     u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens = _named(kinds)
     cut = _Cut(u, A, B, cu_seqlens, *_machine(device), backward=False, save=save)
     overlap = cut.split and _overlaps(device)
-    numbers = (*cut.forward, *u.strides, *delta.strides, *_strides(z), *_map_strides(B), *_map_strides(C))
+    # Where no axis is dense, a limit would move numbers to local memory.
+    dense = all(x is None or 1 in x.strides[1:] for x in (u, delta, z, B, C)) and (
+        cut.tile.lanes == 4 or u.strides[2] == 1
+    )
+    limited = dense and _capability(device) == (9, 0)
+    numbers = (*cut.forward_numbers, *u.strides, *delta.strides, *_strides(z), *_map_strides(B), *_map_strides(C))
     launches = [
         Launch(
             selective_scan_forward_kernel, (cut.sending if local else cut.rows) * cut.blocks, numbers, cut.tile.warps,
             early=overlap and not local,
-            registers=forward_registers(cut.tile, local, cut.split, save) if _capability(device) == (9, 0) else None,
+            registers=forward_registers(cut.tile, local, cut.split, save) if limited else None,
             HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None,
             SOFTPLUS=delta_softplus, HAS_INITIAL_STATE=initial_state is not None, PACKED=cu_seqlens is not None,
             SPLIT=cut.split, LOCAL=local, SAVE=save and not local, EVERY=EVERY,
@@ -158,7 +163,7 @@ def _backward_launches(kinds, device, delta_softplus):
     }  # fmt: skip
     tile, _ = first_backward_tile(A.shape[1], cut.group_size, cut.sending * cut.groups, machine[0])
     blocks = -(-cut.group_size // tile.block)
-    length, channels, states, group_size, blocks_per_group, *pieces = cut.backward
+    length, channels, states, group_size, blocks_per_group, *pieces = cut.backward_numbers
     adjoint = Launch(
         kernels.selective_scan_adjoint_kernel, cut.sending * cut.groups * blocks,
         (length, channels, states, group_size, blocks, *pieces,
@@ -167,7 +172,8 @@ def _backward_launches(kinds, device, delta_softplus):
     )  # fmt: skip
     chain = Launch(
         kernels.chain_pieces_kernel, cut.sequences * -(-channels * states // SUM_BLOCK),
-        cut.chain, 4, early=overlap, PACKED=packed, HAS_GRAD_FINAL_STATE=final, OVERLAP=overlap, BLOCK=SUM_BLOCK,
+        cut.chain_numbers, 4, early=overlap, PACKED=packed, HAS_GRAD_FINAL_STATE=final,
+        OVERLAP=overlap, BLOCK=SUM_BLOCK,
     )  # fmt: skip
     programs = cut.programs_per_group
     main = Launch(
@@ -234,8 +240,9 @@ class _Cut:
         self.group_size = channels // self.groups
         packed = cu_seqlens is not None
         cut = plan(
-            batch, self.groups, length, self.group_size, states, backward, packed, save, multiprocessors, shared_memory
-        )
+            batch, self.groups, length, self.group_size, states, backward, self.sequences if packed else 0, save,
+            multiprocessors, shared_memory,
+        )  # fmt: skip
         self.tile, self.programs_per_group = cut.tile, cut.programs
         self.split, self.early = cut.whole < batch, cut.early
         blocks_per_group = -(-self.group_size // self.tile.block)
@@ -249,9 +256,9 @@ class _Cut:
             self.rows = batch + self.sending
         counts = (length, channels, states, self.group_size, blocks_per_group)
         # What finds a piece, forward and backward, and what is enough where only their number counts.
-        self.forward = (*counts, self.sequences, cut.whole, cut.heads, cut.head, cut.piece_length)
-        self.backward = (*counts, self.sequences, cut.whole, cut.head, cut.piece_length)
-        self.chain = (channels, states, self.sequences, cut.whole, cut.pieces, cut.piece_length)
+        self.forward_numbers = (*counts, self.sequences, cut.whole, cut.heads, cut.head, cut.piece_length)
+        self.backward_numbers = (*counts, self.sequences, cut.whole, cut.head, cut.piece_length)
+        self.chain_numbers = (channels, states, self.sequences, cut.whole, cut.pieces, cut.piece_length)
         # Room for a state and a sum of steps of each piece.
         self.rooms = _aligned(self.rows * channels * states, self.rows * channels)
 

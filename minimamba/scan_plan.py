@@ -14,6 +14,7 @@ MORE_KERNELS = 40  # steps that two more kernels cost, which take the host longe
 LATE = 24  # steps, some 1.3 µs, that a late start of the forward pass's second kernel costs
 SHORT_LAST = 0.945  # of the time of equal pieces, where the last are short
 MOST_PIECES = 64  # more would start more than they save
+PACKED_PROGRAMS = 8  # on each multiprocessor, of a packed row
 
 
 class Tile(NamedTuple):
@@ -40,7 +41,8 @@ class Plan(NamedTuple):
     """A tile; programs that share the channels of a group; how sequences are cut.
 
     The first `whole` of them are not. The others have `pieces`: `heads` of `head` steps, then more of `piece_length`.
-    `early` says whether the forward pass's second kernel may start where there is room while the first one goes on.
+    Forward all are cut or none, and `early` says whether the second kernel may start where there is room while the
+    first one goes on.
     """
 
     tile: Tile
@@ -54,21 +56,25 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(batch, groups, length, group_size, states, backward, packed, save, multiprocessors, shared_memory):
+def plan(batch, groups, length, group_size, states, backward, documents, save, multiprocessors, shared_memory):
     """Choose the tile, how sequences are cut into pieces, and how many programs share a group's channels.
 
     A thread has 8 numbers to update at each step, so that they hide each other's latency, in the narrow tile and
     backward with up to 4 states fewer: as many states as fit one load. The time of a plan is that of the busiest
     multiprocessor, in steps, some more for each start, and where there are pieces a first kernel. Constants measured on
-    an H100 and an H200 (kernels/NOTES.md). How long the documents of a packed row are is not known here. Pieces begin
-    at a checkpoint where states are kept, for which `save` stands, and backward.
+    an H100 and an H200 (kernels/NOTES.md). How long the `documents` of a packed row are is not known here; 0: it is
+    none. Pieces begin at a checkpoint where states are kept, for which `save` stands, and backward.
     """
     if backward:
-        return backward_plan(batch, groups, length, group_size, states, packed, multiprocessors, shared_memory)
-    return forward_plan(batch, groups, length, group_size, states, packed, save, multiprocessors)
+        return backward_plan(batch, groups, length, group_size, states, documents, multiprocessors, shared_memory)
+    if documents * groups * group_size // wide(states, 16, 4).block >= PACKED_PROGRAMS * multiprocessors:
+        # Enough without pieces: like sequences of the average length.
+        cut = forward_plan(documents, groups, -(-length // documents), group_size, states, 0, save, multiprocessors)
+        return cut._replace(whole=batch, pieces=1, head=length, piece_length=length)
+    return forward_plan(batch, groups, length, group_size, states, documents, save, multiprocessors)
 
 
-def forward_plan(batch, groups, length, group_size, states, packed, save, multiprocessors):
+def forward_plan(batch, groups, length, group_size, states, documents, save, multiprocessors):
     """Weigh two tiles, and cuts into equal pieces and into long and short ones. Each block of channels is a program."""
     best_time, best = math.inf, None
     for tile, cost in forward_tiles(states).items():
@@ -76,13 +82,14 @@ def forward_plan(batch, groups, length, group_size, states, packed, save, multip
         blocks = -(-group_size // tile.block)
         each = batch * groups * blocks  # programs that start with the same piece
         every = EVERY if save else tile.steps
-        # Documents end in the middle of pieces: many short ones are never very bad, whatever the documents.
-        counts = (1, min(MOST_PIECES, -(-8 * multiprocessors // each))) if packed else range(1, MOST_PIECES + 1)
-        # Of three programs on a multiprocessor the last to come is the slowest, and goes on alone when the others have
-        # ended. So it gets less to do, where the first two are long ones on nearly all. Programs that start while a
-        # first kernel goes on are not spread evenly: three long ones might meet, unless they are two for each.
+        counts = range(1, MOST_PIECES + 1)
+        if documents:  # they end in the middle of pieces: many short ones are never very bad, whatever the documents
+            counts = (1, min(MOST_PIECES, -(-PACKED_PROGRAMS * multiprocessors // each)))
+        # Of three programs of 128 threads, which fit on a multiprocessor, the last to come is the slowest, and goes on
+        # alone in the end. So it gets less to do, where the first two are long ones on nearly all. Those that start
+        # while a first kernel goes on are not spread evenly: three long ones may meet, unless they are two for each.
         heads = 2 * multiprocessors // each
-        uneven = cost == 1 and tile.warps == 4 and not packed and heads * each > 1.9 * multiprocessors
+        uneven = cost == 1 and tile.warps == 4 and not documents and heads * each > 1.9 * multiprocessors
         early = heads * each == 2 * multiprocessors
         for pieces in counts:
             steps = round_up(length / pieces, every) if pieces > 1 else length
@@ -123,7 +130,7 @@ def long_and_short(length, pieces, heads, every):
     return None
 
 
-def backward_plan(batch, groups, length, group_size, states, packed, multiprocessors, shared_memory):
+def backward_plan(batch, groups, length, group_size, states, documents, multiprocessors, shared_memory):
     """Weigh cuts, equal ones and others, and for whole sequences half a tile.
 
     A program has as few blocks of channels as memory allows, or twice as many: its sums of dB and dC go through memory,
@@ -139,7 +146,7 @@ def backward_plan(batch, groups, length, group_size, states, packed, multiproces
         for programs in (most, -(-most // 2)):
             each = groups * programs  # of a sequence
             rounds = -(-blocks // programs)
-            ways = cuts(batch, each, length, packed, multiprocessors)
+            ways = cuts(batch, each, length, documents > 0, multiprocessors)
             if cost < 1:  # half a tile sums over half the channels: with pieces as well that is too much memory
                 ways = [(batch, length, length)]
             for whole, head, steps in ways:
@@ -161,9 +168,9 @@ def backward_plan(batch, groups, length, group_size, states, packed, multiproces
 
 
 def memory(programs, pieces, length):
-    """Bytes that a training step takes beside y and the gradients, for each number of u and state.
+    """Bytes of a training step beside y and the gradients, for each number of u and state.
 
-    Sums of dB and dC, of so many programs a channel; what each piece of a sequence sums up; the states that are kept.
+    For sums of dB and dC, of so many programs a channel; for what each piece sums up; for the states that are kept.
     """
     return 8 * programs + 4 * (pieces + (length - 1) // EVERY) / length
 
@@ -228,12 +235,9 @@ def first_backward_tile(states, group_size, pieces, multiprocessors):
 
 @functools.lru_cache(maxsize=1024)
 def first_backward_tiles(states, group_size):
-    """What there is to choose from, as (tile, cost, blocks of channels): the forward pass's, since no states are kept.
-
-    For few states one half as wide, since the wide tile's many channels leave too few programs.
-    """
+    """What there is to choose from, as (tile, cost, blocks of channels): like forward, since no states are kept."""
     tiles = forward_tiles(states)
-    if states <= 4:
+    if states <= 4:  # half as wide, since many channels a program leave too few programs
         tile = next(iter(tiles))
         tiles = {tile._replace(states=next_power_of_2(states), channels=1): 1.0}
     fitted = [(fit(tile, group_size), cost) for tile, cost in tiles.items()]
@@ -241,11 +245,8 @@ def first_backward_tiles(states, group_size):
 
 
 def forward_tiles(states):
-    """The forward pass's tiles and what they cost beside each other: one, and one half as wide.
-
-    Twice as many warps where a channel takes two of them, for as many channels.
-    """
-    tile = wide(states, 16, 4 if states <= 128 else 8)
+    """The forward pass's tiles and what they cost beside each other: one, and one half as wide."""
+    tile = wide(states, 16, 4 if states <= 128 else 8)  # more warps where a channel takes two, for as many channels
     return {tile: 1.0} | half(tile, 0.56)
 
 

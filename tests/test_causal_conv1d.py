@@ -1,6 +1,7 @@
 """The short convolution: both methods against the equation, gradients, packed documents, the drop-ins, the device."""
 
 import contextlib
+import functools
 import importlib
 import inspect
 from itertools import pairwise
@@ -115,6 +116,15 @@ def problems(draw_, max_length=24, dtypes=(F64, torch.float32, torch.float16, to
 
 # By rule, and by hand where a test's few steps have to reach into several rounds, segments and programs.
 TILES = [None, *(conv_plan.Tile(*sizes, 1) for sizes in ((2, 1, 1), (4, 2, 1), (2, 1, 2), (2, 2, 2)))]
+
+
+def test_lines_of_time_are_as_long_as_was_fastest():
+    """(channels, segments, rounds, warps) of a program, as measured on an H200 (kernels/NOTES.md)."""
+    tile_for = functools.partial(conv_plan.tile_for, element_size=2, time_last=True)
+    assert tile_for(2048, 8, 4096, backward=True) == (1, 64, 4, 2)
+    assert tile_for(16384, 1, 4096, backward=True) == (1, 64, 8, 2)
+    assert tile_for(16384, 1, 4096) == tile_for(4096, 4, 10240) == (1, 128, 4, 4)
+    assert tile_for(256, 64, 4096, backward=True) == (2, 32, 1, 2)
 
 
 @contextlib.contextmanager

@@ -70,8 +70,8 @@ def another_plan(change):
     """Have `change(chosen, length, backward, save)` replace what the rule chose."""
     real = fast_scan.plan
 
-    def plan(batch, groups, length, group_size, states, backward, packed, save, *machine):
-        chosen = real(batch, groups, length, group_size, states, backward, packed, save, *machine)
+    def plan(batch, groups, length, group_size, states, backward, documents, save, *machine):
+        chosen = real(batch, groups, length, group_size, states, backward, documents, save, *machine)
         return change(chosen, length, backward, save)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -219,13 +219,27 @@ def test_precision_of_tiny_and_huge_steps(fast):
 # --- the plan ------------------------------------------------------------------------------------------
 
 
+MACHINES = st.tuples(st.integers(1, 200), st.sampled_from([101_376, 166_912, H100[1]]))
+
+
 @given(
     st.integers(1, 64), st.integers(1, 3), st.integers(1, 2**20), st.integers(1, 6000), st.integers(1, 256),
-    st.booleans(), st.booleans(), st.booleans(),
+    st.booleans(), st.sampled_from([0, 0, 1, 9, 3000]), st.booleans(), MACHINES,
 )  # fmt: skip
-def test_a_plan_covers_everything(batch, groups, length, group_size, states, backward, packed, save):
-    batch = 1 if packed else batch
-    chosen = fast_scan.plan(batch, groups, length, group_size, states, backward, packed, save, *H100)
+def test_a_plan_covers_everything(batch, groups, length, group_size, states, backward, documents, save, machine):
+    check_plan(1 if documents else batch, groups, length, group_size, states, backward, documents, save, *machine)
+
+
+@given(
+    st.sampled_from([1, 2]), st.integers(64, 2**17), st.sampled_from([768, 1024, 1536, 2048]), st.booleans(), MACHINES
+)
+def test_long_and_short_pieces_cover_everything(batch, length, channels, save, machine):
+    """Of these about a quarter are cut so."""
+    check_plan(batch, 1, length, channels, 16, False, 0, save, *machine)
+
+
+def check_plan(batch, groups, length, group_size, states, backward, documents, save, *machine):
+    chosen = fast_scan.plan(batch, groups, length, group_size, states, backward, documents, save, *machine)
     tile, programs, whole, pieces, heads, head, steps, early = chosen
     assert 1 <= programs <= -(-group_size // tile.block)
     assert tile.lanes * tile.states >= states and tile.lanes * tile.states < max(2 * states, 5)
@@ -234,9 +248,9 @@ def test_a_plan_covers_everything(batch, groups, length, group_size, states, bac
     if whole < batch:
         every = fast_scan.EVERY if backward or save else tile.steps
         assert whole >= 0 and steps % every == head % every == 0
-        assert 0 < steps <= head < length and 1 <= heads < pieces
+        assert 0 < steps <= head < length and 1 <= heads < pieces <= scan_plan.MOST_PIECES + 1
         assert backward or whole == 0
-        assert not packed or (head == steps and whole == 0)
+        assert not documents or (head == steps and whole == 0)
         assert heads == 1 or (not backward and steps < head)
         assert heads * head + (pieces - heads - 1) * steps < length <= heads * head + (pieces - heads) * steps
     else:
@@ -245,7 +259,7 @@ def test_a_plan_covers_everything(batch, groups, length, group_size, states, bac
 
 
 def test_few_channels_are_cut_into_pieces_and_many_are_not():
-    cut = lambda batch, *sizes: fast_scan.plan(batch, *sizes, False, True, *H100).whole < batch
+    cut = lambda batch, *sizes: fast_scan.plan(batch, *sizes, 0, True, *H100).whole < batch
     assert cut(1, 1, 2**16, 1536, 16, False)
     assert not cut(8, 1, 2048, 2048, 16, False)
     assert not cut(8, 1, 2048, 2048, 16, True)
@@ -256,28 +270,34 @@ def test_cuts_fill_the_machine():
 
     160 programs: three sequences whole, the fourth in four pieces, which all can take once the whole ones are done.
     """
-    assert fast_scan.plan(8, 1, 2048, 1536, 16, True, False, True, *H100)[1:-1] == (12, 0, 2, 1, 1536, 512)
-    assert fast_scan.plan(4, 1, 4096, 5120, 16, True, False, True, *H100)[1:-1] == (40, 3, 4, 1, 1024, 1024)
+    assert fast_scan.plan(8, 1, 2048, 1536, 16, True, 0, True, *H100)[1:-1] == (12, 0, 2, 1, 1536, 512)
+    assert fast_scan.plan(4, 1, 4096, 5120, 16, True, 0, True, *H100)[1:-1] == (40, 3, 4, 1, 1024, 1024)
 
 
 def test_of_three_programs_on_a_multiprocessor_the_last_gets_less_to_do():
     """24 programs a piece: 11 long pieces are two programs for each of 132. 32 a piece: 8 are fewer, so not early."""
-    plan = lambda length, channels, save: fast_scan.plan(1, 1, length, channels, 16, False, False, save, *H100)[2:]
+    plan = lambda length, channels, save: fast_scan.plan(1, 1, length, channels, 16, False, 0, save, *H100)[2:]
     assert plan(16384, 1536, False) == (0, 16, 11, 1216, 608, True)
     assert plan(2048, 1536, False) == (0, 16, 11, 160, 64, True)
     assert plan(2048, 1536, True) == (0, 11, 1, 192, 192, True)  # multiples of 64 leave nothing to choose
     assert plan(16384, 2048, True) == (0, 12, 8, 1664, 832, False)
 
 
+def test_many_documents_are_not_cut_and_few_are():
+    plan = lambda documents: fast_scan.plan(1, 1, 2**14, 2048, 16, False, documents, True, *H100)
+    assert plan(8).pieces == 32 and plan(8).piece_length == 512
+    assert plan(40).pieces == plan(3000).pieces == 1
+
+
 def test_a_short_sequence_is_left_whole():
     """Two launches instead of four, and half a tile fills as many multiprocessors as two pieces would."""
-    tile, programs, whole, pieces, *_ = fast_scan.plan(1, 1, 128, 2048, 16, True, False, True, *H100)
+    tile, programs, whole, pieces, *_ = fast_scan.plan(1, 1, 128, 2048, 16, True, 0, True, *H100)
     assert (tile, programs, whole, pieces) == (scan_plan.Tile(4, 8, 2, 2, 8), 32, 1, 1)
 
 
 def test_a_plan_for_many_sequences_takes_no_time():
     start = time.perf_counter()
-    scan_plan.plan.__wrapped__(842_623, 2, 851, 4, 8, True, False, True, 28, 166_912)
+    scan_plan.plan.__wrapped__(842_623, 2, 851, 4, 8, True, 0, True, 28, 166_912)
     assert time.perf_counter() - start < 0.3
 
 
@@ -326,9 +346,10 @@ def test_kernels_compile_for_a_gpu(kernels, capability):
     ):  # fmt: skip
         names = getattr(kernels, name).arg_names
         constants = {n for n in names if n.isupper() and len(n) > 1} | {"T", "G", "K", "c", "W"}
-        for half, flag, states in (("bf16", True, 16), ("fp32", False, 200)):
-            tile = fast_scan.plan(1, 1, 1000, 512, states, backward, False, True, 132, shared)[0]
-            values = dict(zip("TGKcW", tile, strict=True)) | {"EVERY": 64, "BLOCK": 512, "LOCAL": False}
+        first = [("bf16", True, 16, {"LOCAL": True, "SAVE": False, "PACKED": False})] if "forward" in name else []
+        for half, flag, states, more in (("bf16", True, 16, {}), ("fp32", False, 200, {}), *first):
+            tile = fast_scan.plan(1, 1, 1000, 512, states, backward, 0, True, 132, shared)[0]
+            values = dict(zip("TGKcW", tile, strict=True)) | {"EVERY": 64, "BLOCK": 512, "LOCAL": False} | more
             values = {n: values.get(n, flag) for n in names if n in constants}
             if "OVERLAP" in values:
                 values["OVERLAP"] = capability >= 90
@@ -361,7 +382,7 @@ def test_exponentials_are_spread_over_the_loop(kernels, sequences, length, chann
     What matters is the order that the compiler gives the same instructions, for a layer's usual arguments.
     """
     names = kernels.selective_scan_forward_kernel.arg_names
-    cut = fast_scan.plan(sequences, 1, length, channels, 16, False, False, False, *H100)
+    cut = fast_scan.plan(sequences, 1, length, channels, 16, False, 0, False, *H100)
     split = cut.pieces > 1
     found = "" if not split else "late" if not cut.early else "early" if cut.heads > 1 else "equal"
     assert (cut.tile.lanes, found) == (lanes, pieces)
@@ -403,11 +424,11 @@ def in_a_row(made):
 def test_few_and_many_states_fit_small_shared_memory(kernels, states):
     """An RTX 3090 or 4090 has 99 KB for a program, where an A100 has 163."""
     names = kernels.selective_scan_backward_kernel.arg_names
-    tile = fast_scan.plan(1, 1, 1000, 512, states, True, False, True, 84, 101_376)[0]
+    tile = fast_scan.plan(1, 1, 1000, 512, states, True, 0, True, 84, 101_376)[0]
     values = dict(zip("TGKcW", tile, strict=True)) | {"EVERY": 64}
     values |= {n: n != "OVERLAP" for n in names if n.isupper() and len(n) > 1 and n not in values}
     types = signature([n for n in names if n not in values], "bf16", "fp32")
-    types |= {n: "i32" for n in types if n in ("sequences", "whole", "heads", "head", "piece_length", "batch_size")}
+    types |= {n: "i32" for n in types if n in ("sequences", "whole", "head", "piece_length", "batch_size")}
     made = triton_scan.compile_kernel(
         (NAME, "selective_scan_backward_kernel"), types, values, capability=80, num_warps=tile.warps
     )
