@@ -77,11 +77,9 @@ def _forward_launches(kinds, device, delta_softplus, save):
     u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens = _named(kinds)
     cut = _Cut(u, A, B, cu_seqlens, *_machine(device), backward=False, save=save)
     overlap = cut.split and _overlaps(device)
-    # Where no axis is dense, a limit would move numbers to local memory.
-    dense = all(x is None or 1 in x.strides[1:] for x in (u, delta, z, B, C)) and (
-        cut.tile.lanes == 4 or u.strides[2] == 1
-    )
-    limited = dense and _capability(device) == (9, 0)
+    # Where no axis is dense, a limit would move numbers to local memory; in narrow tiles also where only time is.
+    dense = all(x is None or 1 in x.strides[1:] for x in (u, delta, z, B, C))
+    limited = _capability(device) == (9, 0) and dense and (cut.tile.lanes == 4 or u.strides[2] == 1)
     numbers = (*cut.forward_numbers, *u.strides, *delta.strides, *_strides(z), *_map_strides(B), *_map_strides(C))
     launches = [
         Launch(
