@@ -62,8 +62,12 @@ def tile_layout(T, G, channels, W, TIME_FIRST):
 
 
 @gluon.constexpr_function
-def map_layout(T, N, W):
-    """(T, N) of B and C: vectors along the states."""
+def map_layout(T, N, W, TIME_FIRST):
+    """(T, N) of B and C. Vectors along the axis that is contiguous in memory."""
+    if TIME_FIRST:
+        vector = min(max(1, T * N // (32 * W)), 8, T)
+        lanes = min(32, T // vector)
+        return gl.BlockedLayout([vector, 1], [lanes, 32 // lanes], [1, W], [0, 1])
     vector = min(max(1, T * N // (32 * W)), 8, N)
     lanes = min(32, N // vector)
     return gl.BlockedLayout([1, vector], [32 // lanes, lanes], [W, 1], [1, 0])
@@ -241,7 +245,8 @@ def selective_scan_forward_kernel(
     B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n,
     HAS_D: gl.constexpr, HAS_Z: gl.constexpr, HAS_BIAS: gl.constexpr, SOFTPLUS: gl.constexpr,
     HAS_INITIAL_STATE: gl.constexpr, PACKED: gl.constexpr, SPLIT: gl.constexpr, LOCAL: gl.constexpr,
-    SAVE: gl.constexpr, EVERY: gl.constexpr, OVERLAP: gl.constexpr, TIME_FIRST: gl.constexpr,
+    SAVE: gl.constexpr, EVERY: gl.constexpr, OVERLAP: gl.constexpr,
+    TIME_FIRST: gl.constexpr, MAPS_TIME_FIRST: gl.constexpr,
     T: gl.constexpr, G: gl.constexpr, K: gl.constexpr, c: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """One program: c * 32 * W / G channels of one group, for one piece of a sequence."""
@@ -253,7 +258,7 @@ def selective_scan_forward_kernel(
     MAP: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, STATE))  # (G, K)
     LANES: gl.constexpr = tile_layout(T, G, CHANNELS, W, TIME_FIRST)
     TILE: gl.constexpr = gl.SliceLayout(1, LANES)  # (T, channels)
-    MAPS: gl.constexpr = map_layout(T, N, W)  # (T, N)
+    MAPS: gl.constexpr = map_layout(T, N, W, MAPS_TIME_FIRST)  # (T, N)
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
 
     if LOCAL and OVERLAP:
@@ -440,7 +445,7 @@ def selective_scan_adjoint_kernel(
     L, channels, states, group_size, blocks_per_group, sequences, whole, head, piece_length,
     delta_b, delta_t, delta_d, z_b, z_t, z_d, grad_y_b, grad_y_t, grad_y_d, C_b, C_t, C_g, C_n,
     HAS_Z: gl.constexpr, HAS_BIAS: gl.constexpr, SOFTPLUS: gl.constexpr, PACKED: gl.constexpr,
-    OVERLAP: gl.constexpr, TIME_FIRST: gl.constexpr,
+    OVERLAP: gl.constexpr, TIME_FIRST: gl.constexpr, MAPS_TIME_FIRST: gl.constexpr,
     T: gl.constexpr, G: gl.constexpr, K: gl.constexpr, c: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """One program: c * 32 * W / G channels of one group, for one piece of a sequence."""
@@ -451,7 +456,7 @@ def selective_scan_adjoint_kernel(
     CHANNEL: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, STATE))
     MAP: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, STATE))
     TILE: gl.constexpr = gl.SliceLayout(1, tile_layout(T, G, CHANNELS, W, TIME_FIRST))
-    MAPS: gl.constexpr = map_layout(T, N, W)
+    MAPS: gl.constexpr = map_layout(T, N, W, MAPS_TIME_FIRST)
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
 
     if OVERLAP:
@@ -613,6 +618,15 @@ def from_behind(adjoint, mask, OVERLAP: gl.constexpr):
     return gl.load(adjoint, mask=mask, other=0.0)
 
 
+@gluon.jit
+def fetched(x, mask, before, AT_ONCE: gl.constexpr):
+    """The tiles before. Where several come at once it is not yet time at most tiles, and `before` stays."""
+    if AT_ONCE > 1:  # in a branch the load would have to end with it
+        return gl.load(x, mask=mask, other=before)
+    else:
+        return gl.load(x, mask=mask, other=0.0)
+
+
 # Holds: the states of one tile of T steps and its decays in registers, the state before every tile of EVERY steps in
 # shared memory. Per EVERY steps: forth from the checkpoint, two tiles at a time, keeping the state before each; then
 # the tiles from last to first, each forth once more, keeping all T states, and back through them.
@@ -628,7 +642,8 @@ def selective_scan_backward_kernel(
     B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n,
     HAS_D: gl.constexpr, HAS_Z: gl.constexpr, HAS_BIAS: gl.constexpr, SOFTPLUS: gl.constexpr, PACKED: gl.constexpr,
     HAS_INITIAL_STATE: gl.constexpr, HAS_GRAD_FINAL_STATE: gl.constexpr, SPLIT: gl.constexpr,
-    EVERY: gl.constexpr, OVERLAP: gl.constexpr, TIME_FIRST: gl.constexpr,
+    EVERY: gl.constexpr, OVERLAP: gl.constexpr, TIME_FIRST: gl.constexpr, MAPS_TIME_FIRST: gl.constexpr,
+    AT_ONCE: gl.constexpr,
     T: gl.constexpr, G: gl.constexpr, K: gl.constexpr, c: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """One program: every programs_per_group-th block of channels of one group, for one piece of a sequence.
@@ -644,12 +659,16 @@ def selective_scan_backward_kernel(
     STATE: gl.constexpr = state_layout(G, K, c, W)
     CHANNEL: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, STATE))
     MAP: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, STATE))
-    LANES: gl.constexpr = tile_layout(T, G, CHANNELS, W, TIME_FIRST)
+    LANES: gl.constexpr = tile_layout(T, G, CHANNELS, W, TIME_FIRST and AT_ONCE == 1)
     TILE: gl.constexpr = gl.SliceLayout(1, LANES)
-    MAPS: gl.constexpr = map_layout(T, N, W)
+    # On the way back u, delta and z come AT_ONCE tiles at a time. Where time is contiguous that is several, or 4 steps
+    # would use 8 bytes of each 32 that memory sends; shared memory turns them around.
+    FETCH: gl.constexpr = AT_ONCE * T
+    FETCHED: gl.constexpr = gl.SliceLayout(1, tile_layout(FETCH, 1, CHANNELS, W, TIME_FIRST)) if AT_ONCE > 1 else TILE
+    MAPS: gl.constexpr = map_layout(T, N, W, MAPS_TIME_FIRST)
     PAIR: gl.constexpr = 2 * T  # steps on the way forth between two waits of all warps for each other
     PAIR_TILE: gl.constexpr = gl.SliceLayout(1, tile_layout(PAIR, 1, CHANNELS, W, TIME_FIRST))
-    PAIR_MAPS: gl.constexpr = map_layout(PAIR, N, W)
+    PAIR_MAPS: gl.constexpr = map_layout(PAIR, N, W, MAPS_TIME_FIRST)
     SUMS: gl.constexpr = sum_layout(T, N, DL, W)
     SUM: gl.constexpr = gl.SliceLayout(2, SUMS)  # (2, T, N)
     SUMS_EARLY: gl.constexpr = G >= 32  # many blocks of channels a program: their sums come from far
@@ -681,6 +700,7 @@ def selective_scan_backward_kernel(
     dl = gl.arange(0, DL, layout=gl.SliceLayout(1, CHANNEL))
     i = gl.arange(0, c, layout=gl.SliceLayout(0, CHANNEL))
     t = gl.arange(0, T, layout=gl.SliceLayout(1, TILE))
+    t_fetched = gl.arange(0, FETCH, layout=gl.SliceLayout(1, FETCHED))
     t_map = gl.arange(0, T, layout=gl.SliceLayout(1, MAPS))
     n_map = gl.arange(0, N, layout=gl.SliceLayout(0, MAPS))
     mask_n = n_map < states
@@ -722,6 +742,14 @@ def selective_scan_backward_kernel(
     dy_rows = dy_shared._reinterpret(gl.float32, [T, DL, c], PLAIN)
     B_rows = B_shared._reinterpret(gl.float32, [T, G, K], PLAIN)
     C_rows = C_shared._reinterpret(gl.float32, [T, G, K], PLAIN)
+    if AT_ONCE > 1:
+        u_fetched = gl.allocate_shared_memory(u.dtype.element_ty, [FETCH, CHANNELS], PLAIN)
+        delta_fetched = gl.allocate_shared_memory(delta.dtype.element_ty, [FETCH, CHANNELS], PLAIN)
+        u_tiles = u_fetched._reinterpret(u.dtype.element_ty, [AT_ONCE, T, CHANNELS], PLAIN)
+        delta_tiles = delta_fetched._reinterpret(delta.dtype.element_ty, [AT_ONCE, T, CHANNELS], PLAIN)
+        if HAS_Z:
+            z_fetched = gl.allocate_shared_memory(z.dtype.element_ty, [FETCH, CHANNELS], PLAIN)
+            z_tiles = z_fetched._reinterpret(z.dtype.element_ty, [AT_ONCE, T, CHANNELS], PLAIN)
 
     for block in range(program, blocks_per_group, programs_per_group):
         # Where this thread's states and channels lie.
@@ -742,21 +770,24 @@ def selective_scan_backward_kernel(
         elif HAS_GRAD_FINAL_STATE:
             p = gl.load(grad_final_state + piece_at * states + by_channel, mask=mask_state, other=0.0)
 
-        # Where the numbers of a tile lie, and those of a pair of tiles.
+        # Where the numbers of a tile lie, those that are fetched at once, and those of a pair of tiles.
         d = first_channel + gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, TILE))
         mask_d = d < group_size
         d = d + group * group_size
+        d_fetched = first_channel + gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, FETCHED))
+        mask_d_fetched = d_fetched < group_size
+        d_fetched = d_fetched + group * group_size
         d_pair = first_channel + gl.arange(0, CHANNELS, layout=gl.SliceLayout(0, PAIR_TILE))
         mask_d_pair = d_pair < group_size
         d_pair = d_pair + group * group_size
         u_pair_at = t_pair[:, None].to(gl.int64) * u_t + d_pair[None, :] * u_d
         delta_pair_at = t_pair[:, None].to(gl.int64) * delta_t + d_pair[None, :] * delta_d
-        u_at = t[:, None].to(gl.int64) * u_t + d[None, :] * u_d
-        delta_at = t[:, None].to(gl.int64) * delta_t + d[None, :] * delta_d
+        u_at = t_fetched[:, None].to(gl.int64) * u_t + d_fetched[None, :] * u_d
+        delta_at = t_fetched[:, None].to(gl.int64) * delta_t + d_fetched[None, :] * delta_d
         grad_y_at = t[:, None].to(gl.int64) * grad_y_t + d[None, :] * grad_y_d
         gradient_at = t[:, None].to(gl.int64) * channels + d[None, :]
         if HAS_Z:
-            z_at = t[:, None].to(gl.int64) * z_t + d[None, :] * z_d
+            z_at = t_fetched[:, None].to(gl.int64) * z_t + d_fetched[None, :] * z_d
         if HAS_D:
             D_row = gl.load(D + d, mask=mask_d, other=0.0)
             dD_sum = gl.zeros([T, CHANNELS], gl.float32, TILE)
@@ -791,13 +822,16 @@ def selective_scan_backward_kernel(
             left = length - final * T
             mask = (t < left)[:, None] & mask_d[None, :]
             mask_map = (t_map < left)[:, None] & mask_n[None, :]
-            u_next = gl.load(u + at * u_t + u_at, mask=mask, other=0.0)
-            delta_next = gl.load(delta + at * delta_t + delta_at, mask=mask, other=0.0)
+            fetch = final // AT_ONCE
+            at_fetch = fetch.to(gl.int64) * FETCH
+            mask_fetch = (t_fetched < length - fetch * FETCH)[:, None] & mask_d_fetched[None, :]
+            u_next = gl.load(u + at_fetch * u_t + u_at, mask=mask_fetch, other=0.0)
+            delta_next = gl.load(delta + at_fetch * delta_t + delta_at, mask=mask_fetch, other=0.0)
             dy_next = gl.load(grad_y + at * grad_y_t + grad_y_at, mask=mask, other=0.0)
             B_next = gl.load(B + at * B_t + B_at, mask=mask_map, other=0.0)
             C_next = gl.load(C + at * C_t + C_at, mask=mask_map, other=0.0)
             if HAS_Z:
-                z_next = gl.load(z + at * z_t + z_at, mask=mask, other=0.0)
+                z_next = gl.load(z + at_fetch * z_t + z_at, mask=mask_fetch, other=0.0)
 
             # Forth, keeping the state before each tile. What is allocated here and what the way back allocates for its
             # sums are never needed at once, and share their memory.
@@ -847,9 +881,26 @@ def selective_scan_backward_kernel(
                 mask_now = mask
                 mask_sum = (t_sum < length - tile * T) & (n_sum < states)
 
+                if AT_ONCE > 1:
+                    turn = (m == 0) | (tile % AT_ONCE == AT_ONCE - 1)  # the first of those that came at once
+                    if turn:
+                        u_fetched.store(u_next)
+                        delta_fetched.store(delta_next)
+                        if HAS_Z:
+                            z_fetched.store(z_next)
+                    u_now = u_tiles.index(tile % AT_ONCE).load(TILE)
+                    delta_now = delta_tiles.index(tile % AT_ONCE).load(TILE)
+                    if HAS_Z:
+                        z_now = z_tiles.index(tile % AT_ONCE).load(TILE)
+                else:
+                    u_now = u_next
+                    delta_now = delta_next
+                    if HAS_Z:
+                        z_now = z_next
+
                 # Discretise; the gate's own gradient needs y before the gate, and waits for it.
-                u_tile = u_next.to(gl.float32)
-                raw = delta_next.to(gl.float32)
+                u_tile = u_now.to(gl.float32)
+                raw = delta_now.to(gl.float32)
                 if HAS_BIAS:
                     raw += bias[None, :]
                 step = raw
@@ -858,7 +909,7 @@ def selective_scan_backward_kernel(
                 step = gl.where(mask_now, step, 0.0)
                 dy = dy_next.to(gl.float32)
                 if HAS_Z:
-                    z_tile = z_next.to(gl.float32)
+                    z_tile = z_now.to(gl.float32)
                     gate = sigmoid(z_tile)
                     dgate = dy * gate * (1.0 + z_tile * (1.0 - gate))
                     dy *= z_tile * gate
@@ -873,13 +924,21 @@ def selective_scan_backward_kernel(
                 mask = (t < T)[:, None] & mask_d[None, :] & more
                 mask_map = (t_map < T)[:, None] & mask_n[None, :] & more
                 before = at - T
-                u_next = gl.load(u + before * u_t + u_at, mask=mask, other=0.0)
-                delta_next = gl.load(delta + before * delta_t + delta_at, mask=mask, other=0.0)
+                if AT_ONCE > 1:
+                    fetch = tile // AT_ONCE - 1
+                    at_fetch = fetch.to(gl.int64) * FETCH
+                    mask_fetch = (t_fetched < FETCH)[:, None] & mask_d_fetched[None, :]
+                    mask_fetch &= turn & (fetch * AT_ONCE >= first)
+                else:
+                    at_fetch = before
+                    mask_fetch = mask
+                u_next = fetched(u + at_fetch * u_t + u_at, mask_fetch, u_next, AT_ONCE)
+                delta_next = fetched(delta + at_fetch * delta_t + delta_at, mask_fetch, delta_next, AT_ONCE)
                 dy_next = gl.load(grad_y + before * grad_y_t + grad_y_at, mask=mask, other=0.0)
                 B_next = gl.load(B + before * B_t + B_at, mask=mask_map, other=0.0)
                 C_next = gl.load(C + before * C_t + C_at, mask=mask_map, other=0.0)
                 if HAS_Z:
-                    z_next = gl.load(z + before * z_t + z_at, mask=mask, other=0.0)
+                    z_next = fetched(z + at_fetch * z_t + z_at, mask_fetch, z_next, AT_ONCE)
                 if SUMS_EARLY:
                     earlier = gl.load(
                         dBC + at * step_stride + sum_at, mask=mask_sum & (block != program), other=0.0

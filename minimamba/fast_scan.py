@@ -11,7 +11,8 @@ import torch
 
 from minimamba import fused_scan
 from minimamba.fused_scan import contiguous
-from minimamba.scan_plan import EVERY, first_backward_tile, forward_registers, plan
+from minimamba.scan_plan import EVERY, plan
+from minimamba.scan_tiles import first_backward_tile, forward_registers, tiles_at_once, time_first
 from minimamba.triton_scan import Launch
 
 SUM_BLOCK = 512  # numbers a program of the last kernel sums up
@@ -85,11 +86,11 @@ def _forward_launches(kinds, device, delta_softplus, save):
         Launch(
             selective_scan_forward_kernel, (cut.sending if local else cut.rows) * cut.blocks, numbers, cut.tile.warps,
             early=overlap and not local,
-            registers=forward_registers(cut.tile, local, cut.split, save) if limited else None,
+            registers=forward_registers(cut.tile, local, cut.split, save, time_first(u)) if limited else None,
             HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None,
             SOFTPLUS=delta_softplus, HAS_INITIAL_STATE=initial_state is not None, PACKED=cu_seqlens is not None,
             SPLIT=cut.split, LOCAL=local, SAVE=save and not local, EVERY=EVERY,
-            OVERLAP=overlap and (cut.early or not local), **cut.tile.constants(u),
+            OVERLAP=overlap and (cut.early or not local), **cut.tile.constants(u, B),
         )
         for local in ((True, False) if cut.split else (False,))
     ]  # fmt: skip
@@ -166,7 +167,7 @@ def _backward_launches(kinds, device, delta_softplus):
         kernels.selective_scan_adjoint_kernel, cut.sending * cut.groups * blocks,
         (length, channels, states, group_size, blocks, *pieces,
          *delta.strides, *_strides(z), *grad_y.strides, *_map_strides(C)),
-        tile.warps, **options, OVERLAP=overlap, **tile.constants(u),
+        tile.warps, **options, OVERLAP=overlap, **tile.constants(u, C),
     )  # fmt: skip
     chain = Launch(
         kernels.chain_pieces_kernel, cut.sequences * -(-channels * states // SUM_BLOCK),
@@ -180,7 +181,7 @@ def _backward_launches(kinds, device, delta_softplus):
          *u.strides, *delta.strides, *_strides(z), *grad_y.strides, *_map_strides(B), *_map_strides(C)),
         cut.tile.warps, early=overlap and cut.split, HAS_D=D is not None, **options,
         HAS_INITIAL_STATE=initial_state is not None, HAS_GRAD_FINAL_STATE=final, SPLIT=cut.split, EVERY=EVERY,
-        OVERLAP=overlap, **cut.tile.constants(u),
+        OVERLAP=overlap, AT_ONCE=tiles_at_once(cut.tile, time_first(u), machine[1]), **cut.tile.constants(u, B),
     )  # fmt: skip
     alone = cut.rows == 1
     summed = (B, C, None, None, None) if alone else (B, C, A, D, delta_bias)

@@ -47,7 +47,8 @@ class Language:
     convert_layout = staticmethod(lambda value, layout: value)
 
     def allocate_shared_memory(self, dtype, shape, layout):
-        return SharedMemory(dtype, np.full([int(size) for size in shape], np.nan, np.float32))
+        nothing = tl.full([int(size) for size in shape], float("nan"), dtype)
+        return SharedMemory(dtype, nothing.handle.data.copy())
 
     def __getattr__(self, name):  # at the time of the call: the interpreter replaces them while a kernel runs
         return getattr(tl, name)

@@ -14,7 +14,7 @@ from problems import make, relative_error
 from test_fused_scan import signature
 
 import minimamba.kernels
-from minimamba import fast_scan, scan_plan, selective_scan, triton_scan
+from minimamba import fast_scan, scan_plan, scan_tiles, selective_scan, triton_scan
 from minimamba.triton_scan import compile_kernels, longest_loop, row_length
 
 NAME = "minimamba.kernels.selective_scan_fast"
@@ -196,6 +196,19 @@ def test_several_blocks_add_to_one_slice(fast, channels, states, warps):
         check(problem.to(torch.float32))
 
 
+@pytest.mark.parametrize(
+    ("multiprocessors", "length", "documents"), [(1, 150, None), (1000, 131, None), (1000, 200, 3)]
+)
+def test_time_first_in_memory(fast, multiprocessors, length, documents):
+    """Backward, several tiles at once: not all of the last ones exist, nor all four of every four."""
+    fast(multiprocessors)
+    problem = make(batch=1, length=length, channels=3, states=9, documents=documents, layout="transposed")
+    kinds = fast_scan._named(fast_scan._kinds(*(problem.tensors[n] for n in ("u", "A", "B"))))
+    tile = fast_scan._Cut(*kinds, None, *H100, backward=True, save=True).tile
+    assert scan_tiles.tiles_at_once(tile, scan_tiles.time_first(kinds[0]), H100[1]) == 4
+    check(problem.to(torch.float32))
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_one_sequence_in_either_tile(fast, which):
     with backward_tile(which):
@@ -293,7 +306,7 @@ def test_many_documents_are_not_cut_and_few_are():
 def test_a_short_sequence_is_left_whole():
     """Two launches instead of four, and half a tile fills as many multiprocessors as two pieces would."""
     tile, programs, whole, pieces, *_ = fast_scan.plan(1, 1, 128, 2048, 16, True, 0, True, *H100)
-    assert (tile, programs, whole, pieces) == (scan_plan.Tile(4, 8, 2, 2, 8), 32, 1, 1)
+    assert (tile, programs, whole, pieces) == (scan_tiles.Tile(4, 8, 2, 2, 8), 32, 1, 1)
 
 
 def test_registers_are_limited_only_where_an_axis_is_dense(fast, monkeypatch):
@@ -311,7 +324,7 @@ def test_registers_are_limited_only_where_an_axis_is_dense(fast, monkeypatch):
 
     every_second = lambda x: torch.stack((x, x), -1).flatten(-2)[..., ::2]
     time_first = lambda x: x.mT.contiguous().mT
-    assert limits(lambda x: x) == limits(time_first) == [88, 150]
+    assert limits(lambda x: x) == [88, 150] and limits(time_first) == [88, 162]
     assert limits(every_second) == [None, None]
     assert limits(lambda x: x, 768, 64) == [128] and limits(time_first, 768, 64) == [None]  # narrow tiles
 
@@ -371,6 +384,7 @@ def test_kernels_compile_for_a_gpu(kernels, capability):
         for half, flag, states, more in (("bf16", True, 16, {}), ("fp32", False, 200, {}), *first):
             tile = fast_scan.plan(1, 1, 1000, 512, states, backward, 0, True, 132, shared)[0]
             values = dict(zip("TGKcW", tile, strict=True)) | {"EVERY": 64, "BLOCK": 512, "LOCAL": False} | more
+            values["AT_ONCE"] = scan_tiles.tiles_at_once(tile, flag, shared)
             values = {n: values.get(n, flag) for n in names if n in constants}
             if "OVERLAP" in values:
                 values["OVERLAP"] = capability >= 90
@@ -391,14 +405,15 @@ def test_kernels_compile_for_a_gpu(kernels, capability):
 
 
 @pytest.mark.parametrize(
-    ("sequences", "length", "channels", "lanes", "pieces", "initial"),
+    ("sequences", "length", "channels", "lanes", "pieces", "more"),
     [
-        (1, 1024, 2048, 4, "equal", False), (1, 2048, 1536, 4, "early", False), (1, 16384, 2048, 4, "late", True),
-        (8, 2048, 2048, 4, "", False), (1, 256, 768, 8, "equal", False), (8, 2048, 1536, 8, "", False),
+        (1, 1024, 2048, 4, "equal", ""), (1, 2048, 1536, 4, "early", ""), (1, 16384, 2048, 4, "late", "initial"),
+        (8, 2048, 2048, 4, "", ""), (1, 256, 768, 8, "equal", ""), (8, 2048, 1536, 8, "", ""),
+        (1, 16384, 2048, 4, "late", "time first"), (8, 2048, 2048, 4, "", "time first"),
     ],
 )  # fmt: skip
-def test_exponentials_are_spread_over_the_loop(kernels, sequences, length, channels, lanes, pieces, initial):
-    """Else scan_plan.forward_registers needs other limits for this Triton: the message lists what there is.
+def test_exponentials_are_spread_over_the_loop(kernels, sequences, length, channels, lanes, pieces, more):
+    """Else scan_tiles.forward_registers needs other limits for this Triton: the message lists what there is.
 
     What matters is the order that the compiler gives the same instructions, for a layer's usual arguments.
     """
@@ -407,6 +422,8 @@ def test_exponentials_are_spread_over_the_loop(kernels, sequences, length, chann
     split = cut.pieces > 1
     found = "" if not split else "late" if not cut.early else "early" if cut.heads > 1 else "equal"
     assert (cut.tile.lanes, found) == (lanes, pieces)
+    initial, time_first = more == "initial", more == "time first"
+    most = 2.1 if time_first else 1.6  # no limit spreads them better where sequences are whole
     jobs = []
     for local, save in ((True, False),) * split + ((False, False), (False, True)):
         flags = {"HAS_D": True, "HAS_Z": True, "HAS_BIAS": True, "SOFTPLUS": True, "SPLIT": split, "LOCAL": local}
@@ -415,19 +432,20 @@ def test_exponentials_are_spread_over_the_loop(kernels, sequences, length, chann
         values |= {"EVERY": 64} | dict(zip("TGKcW", cut.tile, strict=True))
         values |= dict.fromkeys(["cu_seqlens"] + ["initial_state"] * (not initial))
         values |= dict.fromkeys(["piece_states", "piece_steps"] * (not split))
-        values |= dict.fromkeys([n for n in names if n[-2:] in ("_d", "_n")], 1)
+        values |= {"TIME_FIRST": time_first, "MAPS_TIME_FIRST": time_first}
+        values |= dict.fromkeys([n for n in names if n[-2:] in (("_t",) if time_first else ("_d", "_n"))], 1)
         values |= dict.fromkeys(["sequences"] * split + ["heads"] * (cut.heads == 1), 1)
         types = {n: "i32:16" for n in names if n not in values}
         types |= {n: "i32" for n in types if n in ["blocks_per_group", "heads"] + ["sequences", "whole"] * (not split)}
         types |= {n: "*bf16:16" for n in types if n in ("u", "delta", "B", "C", "z", "y")}
         floats = ("A", "D", "delta_bias", "initial_state", "final_state", "checkpoints", "piece_states", "piece_steps")
         types |= {n: "*fp32:16" for n in types if n in floats}
-        registers = scan_plan.forward_registers(cut.tile, local, split, save)
+        registers = scan_tiles.forward_registers(cut.tile, local, split, save, time_first)
         jobs.append({"kernel": (NAME, "selective_scan_forward_kernel"), "signature": types, "constants": values})
         jobs[-1] |= {"capability": 90, "num_warps": cut.tile.warps, "registers": registers}
     for job, made in zip(jobs, compile_kernels(jobs), strict=True):
         assert made["registers"] <= job["registers"] and made["stack"] == 0
-        if in_a_row(made) > 1.6:
+        if in_a_row(made) > most:
             limits = range(64, 176, 4)
             others = zip(limits, compile_kernels([job | {"registers": n} for n in limits]), strict=True)
             others = {n: round(in_a_row(other), 2) for n, other in others if not other["stack"]}
@@ -469,10 +487,12 @@ def test_the_sums_compile_where_every_size_is_one(kernels):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("states", [1, 2, 3, 4, 7, 33, 200, 256])
+@pytest.mark.parametrize("states", [1, 2, 3, 4, 7, 16, 33, 200, 256])
 @pytest.mark.parametrize("documents", [None, 4])
-def test_every_tile_on_a_device(states, documents):
-    check(make(batch=1, length=200, channels=300, states=states, documents=documents).to(torch.float32, "cuda"), 1e-5)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_every_tile_on_a_device(states, documents, layout):
+    problem = make(batch=1, length=200, channels=300, states=states, documents=documents, layout=layout)
+    check(problem.to(torch.float32, "cuda"), 1e-5)
 
 
 @pytest.mark.gpu
